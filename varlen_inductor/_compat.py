@@ -1,0 +1,278 @@
+"""Every private PyTorch name that the package uses, in one place.
+
+Each entry says what it is and in which versions of PyTorch it was read. ``tests/test_compat.py`` calls each of them, so a
+name that moves fails there, with its reason beside it, and not in a user's model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+CompiledFn = Callable[..., Any]
+CompilerFn = Callable[..., CompiledFn]
+ExampleInputs = Sequence[Any]
+
+
+# --- torch.compile's own classes -------------------------------------------------------------------------------------
+
+
+def inductor_wrapper_class() -> type:
+    """The callable that ``torch.compile(backend="inductor")`` builds: it holds mode and options and calls ``compile_fx``.
+
+    Read in 2.11, 2.12, 2.13. AOTInductor's wrapper is a subclass of it.
+    """
+    return torch._TorchCompileInductorWrapper  # type: ignore[attr-defined,no-any-return]
+
+
+def named_wrapper_class() -> type:
+    """The callable that ``torch.compile`` builds for any other backend: it looks the name up and keeps mode and options.
+
+    Read in 2.11, 2.12, 2.13.
+    """
+    return torch._TorchCompileWrapper  # type: ignore[attr-defined,no-any-return]
+
+
+def make_inductor_wrapper(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> Any:
+    """Inductor's wrapper for this mode and these options; raises as ``torch.compile`` does if one of them is unknown.
+
+    The constructor takes its arguments by position; 2.13 adds ``name`` at the end. It applies both a mode and options if it
+    is given both, so nothing is lost. Read in 2.11, 2.12, 2.13.
+    """
+    return inductor_wrapper_class()(mode, options, dynamic)
+
+
+def inductor_call(wrapper: Any, gm: fx.GraphModule, example_inputs: ExampleInputs) -> CompiledFn:
+    """Compile with Inductor's wrapper, past anything that has been put in the place of its ``__call__``.
+
+    Read in 2.11 (two arguments) and 2.13 (``config_patches`` as well, which we fold into the options).
+    """
+    call = getattr(inductor_wrapper_class().__call__, "__wrapped__", inductor_wrapper_class().__call__)
+    return call(wrapper, gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def control_flow_exceptions() -> tuple[type[BaseException], ...]:
+    """What Dynamo throws through a backend to start over or to skip a frame: not failures, never to be swallowed.
+
+    Read in 2.11, 2.13.
+    """
+    from torch._dynamo import exc
+
+    return (exc.RestartAnalysis, exc.SkipFrame, exc.TensorifyScalarRestartAnalysis)
+
+
+def lookup_backend(name: str) -> CompilerFn:
+    """The Dynamo backend of that name. Read in 2.11, 2.13."""
+    from torch._dynamo.backends.registry import lookup_backend as lookup
+
+    return lookup(name)  # type: ignore[no-any-return]
+
+
+def innermost_backend(backend: Any) -> Any:
+    """The backend the user asked for, under the wrappers that ``torch.compile`` and Dynamo put around it.
+
+    ``WrapBackendDebug`` and ``ConvertFrame`` keep what they wrap in ``_torchdynamo_orig_backend``; ``_TorchCompileWrapper``
+    keeps it in ``compiler_fn``. Read in 2.11, 2.13.
+    """
+    while True:
+        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        if inner is None:
+            return backend
+        backend = inner
+
+
+def reset_cudagraph_trees() -> None:
+    """Forget all recorded CUDA graphs, as Inductor's own ``reset`` does.
+
+    A mode is not a global setting, so whether there are any is told by the module being loaded. Read in 2.11, 2.13.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def materialise(gm: fx.GraphModule) -> None:
+    """Generate the code of a lazy GraphModule now.
+
+    Dynamo hands out GraphModules whose ``forward`` is generated on first call; a nested compile that meets such a stub
+    traces nothing. ``_LazyGraphModule.real_recompile`` was read in 2.11, 2.13.
+    """
+    if hasattr(gm, "real_recompile"):
+        gm.real_recompile()
+
+
+def compile_id() -> str:
+    """Dynamo's name for the graph being compiled, like ``"0/0"``, or ``"-"`` outside of Dynamo. Read in 2.11, 2.13."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return "-" if current is None else str(current)
+
+
+# --- Inductor's passes and cache keys ----------------------------------------------------------------------------------
+
+
+def graph_pass_class() -> type:
+    """``CustomGraphPass``: what Inductor accepts as a pass that takes part in its cache keys. Read in 2.11, 2.12, 2.13."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def passes_may_be_lists() -> bool:
+    """Whether ``*_custom_*_pass`` settings take a list. One callable only in 2.11; a list as well from 2.12 on."""
+    from torch._inductor import custom_graph_pass
+
+    return hasattr(custom_graph_pass, "get_custom_graph_passes")
+
+
+# --- seeing it ---------------------------------------------------------------------------------------------------------
+
+
+def counters() -> Counter[str]:
+    """Our page of ``torch._dynamo.utils.counters``, a ``defaultdict(Counter)`` that users print. Read in 2.11, 2.13."""
+    from torch._dynamo.utils import counters as pages
+
+    return pages["varlen_inductor"]  # type: ignore[no-any-return]
+
+
+def structured_trace_wanted() -> bool:
+    """Whether anyone reads structured traces (``TORCH_TRACE``, ``TORCH_COMPILE_DEBUG``). Read in 2.11, 2.13."""
+    from torch._logging._internal import trace_log
+
+    return bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Add an artifact to the structured trace, for tlparse. Read in 2.11, 2.13."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+# --- DistributedDataParallel -------------------------------------------------------------------------------------------
+
+
+def ddp_optimizer_class() -> type | None:
+    """The class whose ``compile_fn`` splits a Dynamo graph at DDP's buckets before any backend sees it.
+
+    ``None`` if this build of PyTorch has no distributed package. Read in 2.11, 2.13.
+    """
+    if not torch.distributed.is_available():
+        return None
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    return DDPOptimizer
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put ``value`` in the place of an attribute for the length of a block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def accepts_keyword(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function of PyTorch has this keyword in the installed version."""
+    return name in inspect.signature(function).parameters
+
+
+# --- recording a graph (patterns/normalise.py) -----------------------------------------------------------------------
+
+
+def functorch_level_active() -> bool:
+    """Whether the caller runs under vmap, grad or jvp. Read in 2.11, 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved-tensor hooks are in force (activation offload, ...). Read in 2.11, 2.13."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def recorded_side_effects() -> frozenset[Any]:
+    """Functions that are no ATen operators and yet are recorded: ``_set_grad_enabled``, autocast. Read in 2.11, 2.13."""
+    from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch as preserved
+
+    return frozenset(preserved)
+
+
+def is_tensor_subclass(value: Any) -> bool:
+    """DTensor, NestedTensor, quantised tensors and the like. Read in 2.11, 2.13."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(value)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether it is a FakeTensor, which carries ``fake_mode``. Read in 2.11, 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """``make_fx`` above autograd and autocast, on fake inputs in the caller's fake mode.
+
+    ``_disable_torch_fn_metadata_mode`` saves a call per operator: the names it records are not read. Read in 2.11, 2.13.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(function, tracing_mode="real", pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*inputs)
+    # A lazy module compiles its code when it is first called, which must not happen under another trace.
+    if hasattr(traced, "real_recompile"):
+        traced.real_recompile()
+    return traced
+
+
+def current_tracer() -> Any:
+    """The tracer of the ``make_fx`` in progress. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    if mode is None:
+        raise RuntimeError("no make_fx in progress")
+    return mode.tracer
+
+
+def recording_disabled() -> Any:
+    """Context in which operators run on fakes without being recorded. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+def track(value: Any, proxy: fx.Proxy, tracer: Any) -> Any:
+    """Tell the tracer that ``value`` (fakes, sizes, nested in tuples) is what ``proxy`` stands for. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import track_tensor_tree
+
+    return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def proxy_of(value: Any, tracer: Any) -> Any:
+    """The proxy of a tensor or size that the tracer knows; anything else as it is.
+
+    ``unwrap_proxy`` gives a tensor's proxy, and for a size the thunk already forced. Read in 2.11, 2.13.
+    """
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return tracer.unwrap_proxy(value)
+    return value
+
+
+def set_current_meta(node: fx.Node) -> Any:
+    """Context in which recorded nodes take over ``stack_trace`` and ``nn_module_stack`` of ``node``. Read in 2.11, 2.13."""
+    return fx.traceback.set_current_meta(node)

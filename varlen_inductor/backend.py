@@ -1,0 +1,177 @@
+"""The Dynamo backend ``"varlen_inductor"``, and the compiler that finishes what the passes have rewritten.
+
+``torch.compile(model, backend="varlen_inductor")`` finds :data:`varlen_inductor` through an entry point. It takes ``mode``,
+``options`` and ``dynamic`` as Inductor does, keeps the options that begin with ``varlen.`` for itself, and gives the rest,
+with the rewritten graph, to Inductor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import traceback
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from varlen_inductor import _compat, config, report
+
+log = logging.getLogger(__name__)
+
+Route = Literal["backend", "enable"]
+OPTION_PREFIX = "varlen."
+
+
+class InnerCompiler:
+    """Inductor as the user configured it, without our passes.
+
+    Args:
+        options: Inductor's own options, a mode among them already spelled out.
+        dynamic: what the user gave to ``torch.compile(dynamic=...)``.
+        backend: ``"inductor"``, or any other Dynamo backend's name, which then gets no options.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, options: Mapping[str, Any], dynamic: bool | None = None, backend: str = "inductor") -> None:
+        self.options = dict(options)
+        self.dynamic = dynamic
+        self.backend = backend
+
+    def compile(self, gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
+        """Compile a graph that takes the same inputs as Dynamo's, under Dynamo's tracing context.
+
+        Args:
+            gm: the graph; its placeholders are those of the graph that the backend was given, in the same order.
+            example_inputs: the inputs that the backend was given.
+        """
+        if self.backend != "inductor":
+            return _compat.lookup_backend(self.backend)(gm, list(example_inputs))
+        return _compat.inductor_call(_compat.make_inductor_wrapper(None, self.options, self.dynamic), gm, example_inputs)
+
+    def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+        """Compile a Python function on its own, by its own ``torch.compile``, when it is first called.
+
+        This is for graphs with inputs of their own, whose sizes the outer graph does not know. The result can never run
+        eagerly unnoticed: ``fullgraph=True`` raises if something was not captured, GraphModules that ``fn`` closes over are
+        generated first (Dynamo would skip a lazy one), and each function gets a code object of its own (Dynamo gives up on
+        a code object after a few compiles, and all closures of one ``def`` share theirs).
+
+        Args:
+            fn: a plain function, not a GraphModule and not a bound ``forward``: Dynamo skips those.
+            dynamic: overrides what the user gave to ``torch.compile``.
+
+        Raises:
+            TypeError: ``fn`` is not a plain Python function.
+        """
+        if not isinstance(fn, types.FunctionType):
+            raise TypeError(f"nested() takes a plain Python function, not {type(fn).__name__}: wrap it in one")
+        for cell in fn.__closure__ or ():
+            if isinstance(cell.cell_contents, fx.GraphModule):
+                _compat.materialise(cell.cell_contents)
+        kwargs: dict[str, Any] = {"options": self.options} if self.backend == "inductor" and self.options else {}
+        return torch.compile(  # type: ignore[no-any-return]
+            _with_own_code(fn, next(self._numbers)),
+            fullgraph=True,
+            dynamic=self.dynamic if dynamic is None else dynamic,
+            backend=self.backend,
+            **kwargs,
+        )
+
+
+def _with_own_code(fn: types.FunctionType, number: int) -> types.FunctionType:
+    name = f"{fn.__name__}_{number}"
+    own = types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    own.__kwdefaults__ = fn.__kwdefaults__
+    return own
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our own knobs, without their prefix, and the options that are Inductor's.
+
+    Raises:
+        ValueError: one of our options is unknown or has a value it cannot have.
+    """
+    knobs: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if not name.startswith(OPTION_PREFIX):
+            rest[name] = value
+            continue
+        knob = name.removeprefix(OPTION_PREFIX).replace("-", "_")
+        problem = config.problem_with(knob, value)
+        if problem is not None:
+            raise ValueError(f"torch.compile(options=...): {problem}")
+        knobs[knob] = value
+    return knobs, rest
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inner: InnerCompiler, route: Route
+) -> _compat.CompiledFn:
+    """Rewrite a Dynamo graph and compile it; if a pass of ours fails, say so and compile the graph as it came.
+
+    Raises:
+        Exception: whatever a pass raised, if ``config.strict`` is set; whatever Inductor raises for the original graph.
+    """
+    if not config.enabled:
+        return inner.compile(gm, example_inputs)
+    try:
+        from varlen_inductor import driver
+
+        return driver.compile_graph(gm, example_inputs, inner, route)
+    except _compat.control_flow_exceptions():
+        raise
+    except Exception:
+        if config.strict:
+            raise
+        report.publish(report.Report(error=traceback.format_exc()))
+        return inner.compile(gm, example_inputs)
+
+
+class VarlenBackend:
+    """The backend that ``torch.compile(backend="varlen_inductor")`` calls with each Dynamo graph. It has no state."""
+
+    __name__ = "varlen_inductor"
+    compiler_name = "varlen_inductor"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: _compat.ExampleInputs,
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        dynamic: bool | None = None,
+    ) -> _compat.CompiledFn:
+        """Compile one graph.
+
+        Args:
+            gm: Dynamo's graph.
+            example_inputs: its inputs, fake tensors and symbolic integers among them.
+            mode: as for Inductor, e.g. ``"max-autotune"``.
+            options: Inductor's options, and our knobs with the prefix ``varlen.``.
+            dynamic: what the user gave to ``torch.compile(dynamic=...)``.
+
+        Raises:
+            ValueError: one of our options is unknown or has a value it cannot have.
+            RuntimeError: a mode or one of Inductor's options is unknown.
+        """
+        knobs, rest = split_options(options)
+        wrapper = _compat.make_inductor_wrapper(mode, rest, dynamic)
+        with config.patch(knobs):
+            config.check()
+            inner = InnerCompiler(wrapper.config, dynamic, config.inner_backend)
+            return compile_graph(gm, example_inputs, inner, "backend")
+
+    def reset(self) -> None:
+        """What ``torch._dynamo.reset()`` does to us: forget recorded CUDA graphs and past reports."""
+        _compat.reset_cudagraph_trees()
+        report.forget()
+
+
+varlen_inductor = VarlenBackend()
+"""The object that the entry point names."""
