@@ -65,6 +65,14 @@ def leaves(dim: Iterable[Atom]) -> list[Atom]:
     return found
 
 
+def size_of(atoms: Iterable[Atom]) -> Size:
+    """The number of elements that a run of atoms counts."""
+    product: Size = sympy.Integer(1)
+    for atom in leaves(atoms):
+        product = product * atom.size
+    return product
+
+
 def fresh(size: int | torch.SymInt | Size, origin: str = "") -> Dim:
     """A dimension about which nothing is known yet."""
     return () if as_size(size) == 1 else (Atom(size, origin),)

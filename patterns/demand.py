@@ -1,0 +1,271 @@
+"""Who needs the padded rows of a value exactly as eager computes them.
+
+For one padding domain the analysis walks the graph backwards. A value's *demand* says what of its padded rows can be observed:
+nothing, a few positions that are read by index (facts that the plan can check on the data), or everything. A demand travels
+from a row-wise operation to its operands, from an attention's output to its query, and *not* through a key or value that
+the attention masks at these very rows. What the analysis does not know demands everything: it leaks.
+
+The rules are those of the contract on padded rows (docs/contract.md).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .dims import Dims, leaves
+from .domain import Domain, layout_of, touches
+from .oprules import Args, Typing, is_tensor, op_name
+from .padvalue import PadValues
+from .site import attention_of
+
+
+@dataclass(frozen=True)
+class Read:
+    """A use of some rows that is harmless if the data says so.
+
+    ``kind``: ``"position"`` reads position ``position`` of every sequence; ``"index"`` reads the positions that ``node``'s index
+    tensor names; ``"loss"`` reads the rows whose label is not ``ignore_index``.
+    """
+
+    kind: str
+    node: fx.Node
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What of a value's padded rows is observable; ``leak`` names the use that needs them all, with its operation."""
+
+    leak: fx.Node | None = None
+    why: str = ""
+    reads: frozenset[Read] = frozenset()
+
+    def __or__(self, other: Demand) -> Demand:
+        if self.leak is not None:
+            return self
+        if other.leak is not None:
+            return other
+        return Demand(reads=self.reads | other.reads) if other.reads - self.reads else self
+
+    def __bool__(self) -> bool:
+        return self.leak is not None or bool(self.reads)
+
+
+NOTHING = Demand()
+
+# Operations that move tokens to other positions: what follows is no longer aligned with the mask.
+_MOVES_TOKENS = frozenset(
+    "flip roll sort topk argsort gather index index_select scatter scatter_add index_put index_add slice select cat concat narrow repeat "
+    "constant_pad_nd pad chunk split split_with_sizes tensor_split unbind cummax cummin".split()
+)
+
+
+@dataclass
+class Analysis:
+    """The demand on every value that carries a domain's tokens, and which values keep them at their own positions."""
+
+    domain: Domain
+    demand: dict[fx.Node, Demand] = field(default_factory=dict)
+    aligned: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def of(self, node: fx.Node) -> Demand:
+        return self.demand.get(node, NOTHING)
+
+
+def dims_of(typing: Typing) -> list[Dims]:
+    """The dimensions of each tensor of a typing."""
+    if typing.dims and isinstance(typing.dims[0], tuple) and typing.dims[0] and isinstance(typing.dims[0][0], tuple):
+        return [d for d in typing.dims if d is not None]
+    return [typing.dims]
+
+
+def _is_multi(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def mixes_tokens(node: fx.Node, source: fx.Node, table: Mapping[fx.Node, Typing], domain: Domain) -> bool:
+    """Whether ``node`` lets rows of ``source`` that hold different tokens influence each other."""
+    tokens = {*domain.batch, *domain.position}
+    return any(
+        x is source and not tokens.isdisjoint(leaves(table[x].dims[dim]))
+        for x, dim in table[node].mixed
+        if dim < len(table[x].dims)
+    )
+
+
+def analyse(
+    graph: fx.Graph,
+    table: Mapping[fx.Node, Typing],
+    domain: Domain,
+    pad_values: PadValues,
+    *,
+    partial_graph: bool,
+    exact_outputs: bool,
+    boundaries: frozenset[fx.Node] = frozenset(),
+) -> Analysis:
+    """The demand on each value of ``graph`` for ``domain``.
+
+    Args:
+        partial_graph: the graph is a piece of the user's program, so that its outputs may be used in any way (rule 10).
+        exact_outputs: ``config.padded_rows == "keep"``.
+        boundaries: values whose storage is written somewhere (rule 6); their rows are demanded as a whole.
+    """
+    analysis = Analysis(domain)
+    carries: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        carries[node] = is_tensor(node) and layout_of(table[node].dims, domain) is not None
+        analysis.aligned[node] = _aligned(node, table, domain, analysis, boundaries)
+    walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs)
+    for node in reversed(graph.nodes):
+        demand = NOTHING
+        if node in boundaries and carries[node]:
+            demand = Demand(node, "its storage is written in place")
+        for user in node.users:
+            demand = demand | walk.through(user, node)
+        analysis.demand[node] = demand
+    return analysis
+
+
+def _aligned(
+    node: fx.Node, table: Mapping[fx.Node, Typing], domain: Domain, analysis: Analysis, boundaries: frozenset[fx.Node]
+) -> bool:
+    """Whether each row of ``node`` belongs to the token at its own position."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "output":
+        return False
+    ignored = table[node].shape_only
+    sources = [x for x in node.all_input_nodes if x not in ignored and (is_tensor(x) or _is_multi(x))]
+    touching = [x for x in sources if any(touches(d, domain) for d in dims_of(table[x]))]
+    if not all(analysis.aligned[x] for x in touching):
+        return False
+    if table[node].opaque and touching and node.target is not operator.getitem:
+        return False
+    moved = op_name(node) in _MOVES_TOKENS and any(mixes_tokens(node, x, table, domain) for x in touching if is_tensor(x))
+    return not moved
+
+
+@dataclass
+class _Walk:
+    table: Mapping[fx.Node, Typing]
+    domain: Domain
+    analysis: Analysis
+    carries: Mapping[fx.Node, bool]
+    pad_values: PadValues
+    partial_graph: bool
+    exact_outputs: bool
+
+    def through(self, user: fx.Node, node: fx.Node) -> Demand:
+        """What ``user`` demands of the padded rows of ``node``."""
+        if _is_multi(node):
+            return self.analysis.of(user) if user.target is operator.getitem else Demand(user, "uses several results at once")
+        if not is_tensor(node) or not any(touches(d, self.domain) for d in dims_of(self.table[node])):
+            return NOTHING
+        if user.op == "output":
+            return self._output(user, node)
+        if node in self.table[user].shape_only or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+            return NOTHING
+        if attention_of(user) is not None:
+            return self._attention(user, node)
+        if not self.carries[node]:
+            # Not a row per token: whatever reads it may read all of it.
+            return self._unless_dead(user)
+        special = self._special(user, node)
+        if special is not None:
+            return special
+        if self.table[user].opaque:
+            return Demand(user, "is not known to work row by row")
+        if mixes_tokens(user, node, self.table, self.domain):
+            return Demand(user, "mixes rows of different tokens")
+        if _is_multi(user) or self.carries.get(user):
+            return NOTHING if self.pad_values.known(user) else self.analysis.of(user)
+        return self._unless_dead(user)
+
+    def _unless_dead(self, user: fx.Node) -> Demand:
+        return Demand(user, "does not keep one row per token") if user.users or user.is_impure() else NOTHING
+
+    def _output(self, user: fx.Node, node: fx.Node) -> Demand:
+        if self.partial_graph:
+            return Demand(user, "leaves a partial graph (the compiled program has a graph break)")
+        if self.exact_outputs:
+            return Demand(user, 'is an output, and padded_rows="keep" asks for exact rows')
+        layout = layout_of(self.table[node].dims, self.domain)
+        if layout is None:
+            return Demand(user, "is an output without one row per token")
+        if not self.analysis.aligned[node]:
+            return Demand(user, "is an output whose tokens were moved to other positions")
+        if layout.token_last:
+            return Demand(user, "is an output whose last axis is the token axis")
+        if self.domain.shared:
+            return Demand(user, "is an output of tokens that another mask may keep")
+        return NOTHING
+
+    def _attention(self, user: fx.Node, node: fx.Node) -> Demand:
+        attention = attention_of(user)
+        assert attention is not None
+        query, key, value = user.args[:3]
+        demand = NOTHING
+        if node is query:
+            demand = demand | self.analysis.of(user)
+        if node in (key, value) and attention.proof.key != self.domain.predicate:
+            demand = demand | Demand(user, "reads these rows as keys or values under another mask")
+        return demand
+
+    def _special(self, user: fx.Node, node: fx.Node) -> Demand | None:
+        """Uses that read a few rows only, which data can prove harmless."""
+        name = op_name(user)
+        if name == "select" and is_tensor(user):
+            a = Args(user, self.table)
+            dim, index = a["dim"] % len(self.table[node].dims), a["index"]
+            if leaves(self.table[node].dims[dim]) == self.domain.position and isinstance(index, int):
+                return Demand(reads=frozenset({Read("position", user, index)}))
+        if name == "slice" and is_tensor(user):
+            return self._short_slice(user, node)
+        if name == "cross_entropy_loss" and user.args[0] is node:
+            return self._loss(user, node)
+        if name == "index" and user.args[0] is node:
+            return self._indexed(user, node)
+        return None
+
+    def _short_slice(self, user: fx.Node, node: fx.Node) -> Demand | None:
+        """``x[:, :1]`` and the like: at most four positions from either end."""
+        a = Args(user, self.table)
+        dim, start, end = a["dim"] % len(self.table[node].dims), a["start"] or 0, a["end"]
+        if leaves(self.table[node].dims[dim]) != self.domain.position or a["step"] != 1:
+            return None
+        if not isinstance(start, int) or not isinstance(end, int):
+            return None
+        positions = range(start, end) if start < 0 or end >= 0 else None
+        if start < 0 and end >= 0:
+            positions = range(start, 0)
+        if positions is None or len(positions) > 4:
+            return None
+        return Demand(reads=frozenset(Read("position", user, p) for p in positions))
+
+    def _loss(self, user: fx.Node, node: fx.Node) -> Demand | None:
+        a = Args(user, self.table)
+        target = a["target"]
+        layout = layout_of(self.table[target].dims, self.domain) if is_tensor(target) else None
+        if layout is None or target.meta["val"].is_floating_point():
+            return None
+        if len(self.table[node].dims) != 2 or a["reduction"] == 0:
+            return None
+        return Demand(reads=frozenset({Read("loss", user)}))
+
+    def _indexed(self, user: fx.Node, node: fx.Node) -> Demand | None:
+        """``x[arange(B), last]``: one position per sequence, named by a tensor."""
+        indices = user.args[1]
+        dims = self.table[node].dims
+        if not isinstance(indices, (list, tuple)) or len(indices) != 2 or not all(is_tensor(i) for i in indices):
+            return None
+        if not self.domain.batch or leaves(dims[0]) != self.domain.batch or leaves(dims[1]) != self.domain.position:
+            return None
+        rows, positions = indices
+        is_arange = isinstance(rows, fx.Node) and op_name(rows) == "arange" and not rows.kwargs.get("step")
+        if not is_arange or positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point():
+            return None
+        return Demand(reads=frozenset({Read("index", user)}))

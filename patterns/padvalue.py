@@ -1,0 +1,160 @@
+"""What padded rows are known to hold.
+
+Multiplying by the mask, ``where`` and ``masked_fill`` make the padded rows of a value a known constant, whatever they held
+before (rule 1 of the contract: only with the domain's own predicate and polarity). The constant is carried through later
+pointwise operations by computing them on it. A known row needs nothing of its inputs' padded rows, and an unpack fills it in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from .domain import Domain, layout_of, touches
+from .oprules import POINTWISE, Args, Typing, is_tensor, op_name
+
+Number = int | float | bool
+MaskValue = Callable[[fx.Node], "Number | None"]
+
+# Row-wise and value-preserving: the constant passes through unchanged.
+_CARRIES = frozenset(
+    "view reshape _unsafe_view unflatten flatten transpose swapaxes permute t unsqueeze squeeze expand expand_as clone contiguous "
+    "detach alias movedim".split()
+)
+_RANDOM = frozenset({"dropout", "alpha_dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"})
+
+
+class PadValues:
+    """The constant that each value's padded rows hold, where it is known.
+
+    Args:
+        graph: the graph.
+        table: the dimension typing of its nodes.
+        domain: whose padded rows.
+        mask_value: the value of a node that depends only on masks and positions, at padded rows; None if it is not one constant.
+    """
+
+    def __init__(self, graph: fx.Graph, table: Mapping[fx.Node, Typing], domain: Domain, mask_value: MaskValue) -> None:
+        self._table = table
+        self._domain = domain
+        self._mask_value = mask_value
+        self._values: dict[fx.Node, Number] = {}
+        for node in graph.nodes:
+            value = self._compute(node)
+            if value is not None:
+                self._values[node] = value
+
+    def known(self, node: fx.Node) -> bool:
+        return node in self._values
+
+    def value(self, node: fx.Node) -> Number | None:
+        return self._values.get(node)
+
+    def _compute(self, node: fx.Node) -> Number | None:
+        if node.op != "call_function" or not is_tensor(node):
+            return self._mask_value(node) if node.op == "placeholder" and self._carries(node) else None
+        if not self._carries(node):
+            return None
+        name = op_name(node)
+        if name in _CARRIES:
+            source = node.args[0]
+            return self._values.get(source) if isinstance(source, fx.Node) else None
+        if name == "dropout":
+            return 0 if self._values.get(node.args[0]) == 0 else None  # type: ignore[arg-type]
+        value = self._absorbed(node, name)
+        if value is None and name in POINTWISE and name not in _RANDOM:
+            value = self._folded(node)
+        if value is None and _is_mask_like(node):
+            value = self._mask_value(node)
+        return value
+
+    def _carries(self, node: fx.Node) -> bool:
+        return layout_of(self._table[node].dims, self._domain) is not None
+
+    def _absorbed(self, node: fx.Node, name: str) -> Number | None:
+        """The constant that an operation makes of a row, whatever the row held."""
+        if name == "mul":
+            if any(is_tensor(x) and self._operand(x) == 0 for x in node.args[:2]):
+                return 0
+        elif name in ("masked_fill", "where"):
+            a = Args(node, self._table)
+            condition = self._operand(a["mask" if name == "masked_fill" else "condition"])
+            if condition is None:
+                return None
+            if name == "masked_fill":
+                chosen = a["value"] if condition else a["self"]
+            else:
+                chosen = a["self"] if condition else a["other"]
+            value = self._operand(chosen)
+            return None if value is None else _cast(value, node)
+        elif name in ("__and__", "bitwise_and", "logical_and") and node.meta["val"].dtype == torch.bool:
+            if any(self._operand(x) is False for x in node.args[:2]):
+                return False
+        return None
+
+    def _operand(self, x: Any) -> Number | None:
+        """The value of an operand at padded rows: its constant, or that of a scalar that is the same everywhere."""
+        if isinstance(x, (bool, int, float)):
+            return x
+        if not is_tensor(x):
+            return None
+        if x in self._values:
+            return self._values[x]
+        if not touches(self._table[x].dims, self._domain):
+            return _scalar(x)
+        return None
+
+    def _folded(self, node: fx.Node) -> Number | None:
+        """Run a pointwise operation on the constants of its operands."""
+        if not any(is_tensor(x) and x in self._values for x in node.all_input_nodes):
+            return None
+        fakes = []
+
+        def constant(x: fx.Node) -> torch.Tensor:
+            value = self._operand(x)
+            if value is None or not is_tensor(x):
+                raise LookupError(x.name)
+            fakes.append(x)
+            return torch.full((), value, dtype=x.meta["val"].dtype)
+
+        try:
+            args = fx.map_arg(node.args, constant)
+            kwargs = {k: v for k, v in fx.map_arg(node.kwargs, constant).items() if k != "device"}
+            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result.item()
+        except (LookupError, RuntimeError, TypeError):
+            return None
+
+
+def _is_mask_like(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.int64, torch.int32) or not node.meta["val"].requires_grad
+
+
+def _scalar(node: fx.Node) -> Number | None:
+    """The value of a literal scalar tensor (``full``, ``scalar_tensor``, ``zeros(())``), else None."""
+    if node.op != "call_function":
+        return None
+    name = op_name(node)
+    fill: Any = None
+    if name in ("full", "scalar_tensor", "full_like", "new_full"):
+        fill = node.args[{"full": 1, "scalar_tensor": 0, "full_like": 1, "new_full": 2}[name]]
+    elif name in ("zeros", "zeros_like", "new_zeros"):
+        fill = 0
+    elif name in ("ones", "ones_like", "new_ones"):
+        fill = 1
+    return _cast(fill, node) if isinstance(fill, (bool, int, float)) else None
+
+
+def _cast(value: Number, node: fx.Node) -> Number:
+    """``value`` as the dtype of ``node`` holds it (``finfo(float32).min`` is −inf in bfloat16)."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None).to(node.meta["val"].dtype).item()
+
+
+def is_finite(value: Number) -> bool:
+    return math.isfinite(value)

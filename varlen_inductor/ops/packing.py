@@ -1,0 +1,129 @@
+"""Packing: padded rows to tokens and back, as operators that are each other's adjoint.
+
+A *plan* is made of the mask of valid positions ``(B, S)``:
+
+* ``index`` (T,), int64: the flat position ``b * S + s`` of each packed row. The first ``count`` rows are the valid positions in
+  order; the rest are *dead* rows, which repeat a valid one, so that whatever is computed on them is as harmless as a real row.
+* ``inverse`` (B * S,), int64: the packed row of each position. A padded position has ``-1 - r`` where ``r`` is some valid row.
+* ``cu_seqlens``, int32: offsets of the sequences in the packed rows.
+
+``unpack`` has two ways to fill padded positions: with a constant, or (``repeat=True``) with a copy of a valid row, for values
+that go on to be computed upon: zeros could meet a division by their norm, whose gradient is not a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIB = torch.library.Library("varlen_inductor", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_LIB.define("pack(Tensor padded, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
+_LIB.define("unpack(Tensor packed, Tensor index, Tensor inverse, float fill=0.0, bool repeat=False) -> Tensor", tags=_TAGS)
+_LIB.define("unpack_adjoint(Tensor grad, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
+_LIB.define("plan_static(Tensor mask) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+
+
+def _column(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.view(-1, *([1] * (like.dim() - 1)))
+
+
+def pack(padded: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of ``padded`` (N, ...) at ``index`` (T,): (T, ...). Its gradient goes to the valid rows; dead rows have none."""
+    return torch.ops.aten.index.Tensor(padded, [index])
+
+
+def unpack(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False) -> Tensor:
+    """Rows of ``packed`` (T, ...) at their positions: (N, ...), padded positions filled with ``fill`` or a valid row's copy."""
+    valid = inverse >= 0
+    rows = torch.ops.aten.index.Tensor(packed, [torch.where(valid, inverse, -1 - inverse)])
+    return rows if repeat else torch.where(_column(valid, packed), rows, torch.full((), fill, dtype=packed.dtype, device=packed.device))
+
+
+def unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of `unpack`: (N, ...) to (T, ...). Dead rows get zero, and what arrives at padded positions is dropped."""
+    row = torch.arange(index.shape[0], device=index.device)
+    alive = torch.ops.aten.index.Tensor(inverse, [index]) == row
+    zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    return torch.where(_column(alive, grad), torch.ops.aten.index.Tensor(grad, [index]), zero)
+
+
+def _unpack_eager(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False) -> Tensor:
+    if packed.shape[0] == 0:
+        return packed.new_full((inverse.shape[0], *packed.shape[1:]), fill)
+    return unpack(packed, index, inverse, fill, repeat)
+
+
+def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A plan without a data-dependent size: as many packed rows as there are positions, and no host synchronisation.
+
+    Args:
+        mask: (B, S) bool, True at valid positions.
+
+    Returns:
+        ``index`` (B*S,): valid positions first, then repeats of one; ``inverse`` (B*S,); ``cu_seqlens`` (B+1,) int32, which
+        ends at the number of valid positions.
+    """
+    flat = mask.reshape(-1)
+    rank = flat.cumsum(0)
+    count = rank[-1:] if flat.numel() else rank.new_zeros(1)
+    positions = torch.arange(flat.numel(), device=mask.device)
+    # Valid positions go to their rank, padded ones behind them: a permutation, so that no two positions collide.
+    target = torch.where(flat, rank - 1, count + positions - rank)
+    order = torch.empty_like(positions).scatter_(0, target, positions)
+    index = torch.where(positions < count, order, order[:1])
+    inverse = torch.where(flat, rank - 1, -1)
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    cu_seqlens[1:] = mask.sum(1).cumsum(0)
+    return index, inverse, cu_seqlens
+
+
+for _name, _function in (("pack", pack), ("unpack", _unpack_eager), ("unpack_adjoint", unpack_adjoint), ("plan_static", plan_static)):
+    _LIB.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("varlen_inductor::pack")
+def _(padded: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return padded.new_empty((index.shape[0], *padded.shape[1:]))
+
+
+@torch.library.register_fake("varlen_inductor::unpack")
+def _(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False) -> Tensor:
+    return packed.new_empty((inverse.shape[0], *packed.shape[1:]))
+
+
+@torch.library.register_fake("varlen_inductor::unpack_adjoint")
+def _(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return grad.new_empty((index.shape[0], *grad.shape[1:]))
+
+
+@torch.library.register_fake("varlen_inductor::plan_static")
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    positions = mask.shape[0] * mask.shape[1]
+    index = mask.new_empty((positions,), dtype=torch.int64)
+    return index, torch.empty_like(index), mask.new_empty((mask.shape[0] + 1,), dtype=torch.int32)
+
+
+def _keep_plan(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _pack_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    index, inverse = ctx.saved_tensors
+    return torch.ops.varlen_inductor.unpack(grad, index, inverse), None, None
+
+
+def _unpack_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    index, inverse = ctx.saved_tensors
+    return torch.ops.varlen_inductor.unpack_adjoint(grad, index, inverse), None, None, None, None
+
+
+def _adjoint_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    index, inverse = ctx.saved_tensors
+    return torch.ops.varlen_inductor.unpack(grad, index, inverse), None, None
+
+
+torch.library.register_autograd("varlen_inductor::pack", _pack_backward, setup_context=_keep_plan, lib=_LIB)
+torch.library.register_autograd("varlen_inductor::unpack", _unpack_backward, setup_context=_keep_plan, lib=_LIB)
+torch.library.register_autograd("varlen_inductor::unpack_adjoint", _adjoint_backward, setup_context=_keep_plan, lib=_LIB)
