@@ -6,11 +6,10 @@ name that moves fails there, with its reason beside it, and not in a user's mode
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,15 +48,6 @@ def make_inductor_wrapper(mode: str | None, options: dict[str, Any] | None, dyna
     return inductor_wrapper_class()(mode, options, dynamic)
 
 
-def inductor_call(wrapper: Any, gm: fx.GraphModule, example_inputs: ExampleInputs) -> CompiledFn:
-    """Compile with Inductor's wrapper, past anything that has been put in the place of its ``__call__``.
-
-    Read in 2.11 (two arguments) and 2.13 (``config_patches`` as well, which we fold into the options).
-    """
-    call = getattr(inductor_wrapper_class().__call__, "__wrapped__", inductor_wrapper_class().__call__)
-    return call(wrapper, gm, example_inputs)  # type: ignore[no-any-return]
-
-
 def control_flow_exceptions() -> tuple[type[BaseException], ...]:
     """What Dynamo throws through a backend to start over or to skip a frame: not failures, never to be swallowed.
 
@@ -73,6 +63,26 @@ def lookup_backend(name: str) -> CompilerFn:
     from torch._dynamo.backends.registry import lookup_backend as lookup
 
     return lookup(name)  # type: ignore[no-any-return]
+
+
+def forward_compiler_config(backend_class: type) -> None:
+    """Let ``torch.compile`` ask a backend of this class for ``get_compiler_config(**kwargs)``, as it asks Inductor.
+
+    ``_TorchCompileWrapper`` holds a backend and its ``mode`` and ``options`` but forwards nothing, so Dynamo, which looks for
+    ``get_compiler_config`` on what it is given, never reaches the backend, and a wrong option is noticed only when the model
+    is first run. The attribute exists for wrappers of our backend only. Read in 2.11, 2.13.
+    """
+    wrapper_class = named_wrapper_class()
+    if hasattr(wrapper_class, "get_compiler_config"):
+        return
+
+    def get_compiler_config(self: Any) -> Callable[[], Any]:
+        if not isinstance(getattr(self, "compiler_fn", None), backend_class):
+            raise AttributeError("get_compiler_config")
+        answer = self.compiler_fn.get_compiler_config(**self.kwargs)
+        return lambda: answer
+
+    wrapper_class.get_compiler_config = property(get_compiler_config)  # type: ignore[attr-defined]
 
 
 def innermost_backend(backend: Any) -> Any:
@@ -111,6 +121,27 @@ def materialise(gm: fx.GraphModule) -> None:
         gm.real_recompile()
 
 
+def adopt_dynamo_attributes(gm: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Give a graph with the same inputs what Dynamo noted on the original: attributes that live outside ``meta``.
+
+    AOTAutograd reads from them which inputs are parameters (static addresses for CUDA graphs), DDP's splitter which
+    gradients belong together. Without ``dynamo_compile_id`` in ``gm.meta`` all of it is ignored. Read in 2.11, 2.13.
+    """
+    for key, value in original.meta.items():
+        gm.meta.setdefault(key, value)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason"):
+        if hasattr(original, name) and not hasattr(gm, name):
+            setattr(gm, name, getattr(original, name))
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for ours, theirs in zip(placeholders, original.graph.find_nodes(op="placeholder"), strict=True):
+        for name in ("_dynamo_source",):
+            if hasattr(theirs, name) and not hasattr(ours, name):
+                setattr(ours, name, getattr(theirs, name))
+        for key in ("example_value", "tensor_dict", "grapharg"):
+            if key in theirs.meta:
+                ours.meta.setdefault(key, theirs.meta[key])
+
+
 def compile_id() -> str:
     """Dynamo's name for the graph being compiled, like ``"0/0"``, or ``"-"`` outside of Dynamo. Read in 2.11, 2.13."""
     from torch._guards import CompileContext
@@ -134,6 +165,19 @@ def passes_may_be_lists() -> bool:
     from torch._inductor import custom_graph_pass
 
     return hasattr(custom_graph_pass, "get_custom_graph_passes")
+
+
+def inductor_setting(name: str) -> Any:
+    """The value of one of Inductor's settings, as it holds now. Read in 2.11, 2.13."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
+def import_operators() -> None:
+    """Register our operators and their lowerings, which compiled artifacts from a cache call by name."""
+    importlib.import_module("varlen_inductor.ops")
+    importlib.import_module("varlen_inductor.lowering")
 
 
 # --- seeing it ---------------------------------------------------------------------------------------------------------
@@ -174,21 +218,6 @@ def ddp_optimizer_class() -> type | None:
 
     return DDPOptimizer
 
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Put ``value`` in the place of an attribute for the length of a block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def accepts_keyword(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function of PyTorch has this keyword in the installed version."""
-    return name in inspect.signature(function).parameters
 
 
 # --- recording a graph (patterns/normalise.py) -----------------------------------------------------------------------
@@ -276,3 +305,105 @@ def proxy_of(value: Any, tracer: Any) -> Any:
 def set_current_meta(node: fx.Node) -> Any:
     """Context in which recorded nodes take over ``stack_trace`` and ``nn_module_stack`` of ``node``. Read in 2.11, 2.13."""
     return fx.traceback.set_current_meta(node)
+
+
+# --- recording a graph (patterns/normalise.py) -----------------------------------------------------------------------
+
+
+def functorch_level_active() -> bool:
+    """Whether the caller runs under vmap, grad or jvp. Read in 2.11, 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved-tensor hooks are in force (activation offload, ...). Read in 2.11, 2.13."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def recorded_side_effects() -> frozenset[Any]:
+    """Functions that are no ATen operators and yet are recorded: ``_set_grad_enabled``, autocast. Read in 2.11, 2.13."""
+    from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch as preserved
+
+    return frozenset(preserved)
+
+
+def is_tensor_subclass(value: Any) -> bool:
+    """DTensor, NestedTensor, quantised tensors and the like. Read in 2.11, 2.13."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(value)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether it is a FakeTensor, which carries ``fake_mode``. Read in 2.11, 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """``make_fx`` above autograd and autocast, on fake inputs in the caller's fake mode.
+
+    ``_disable_torch_fn_metadata_mode`` saves a call per operator: the names it records are not read. Read in 2.11, 2.13.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="real", pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*inputs)
+
+
+def current_tracer() -> Any:
+    """The tracer of the ``make_fx`` in progress. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    if mode is None:
+        raise RuntimeError("no make_fx in progress")
+    return mode.tracer
+
+
+def recording_disabled() -> Any:
+    """Context in which operators run on fakes without being recorded. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+def track(value: Any, proxy: fx.Proxy, tracer: Any) -> Any:
+    """Tell the tracer that ``value`` (fakes, sizes, nested in tuples) is what ``proxy`` stands for. Read in 2.11, 2.13."""
+    from torch.fx.experimental.proxy_tensor import track_tensor_tree
+
+    return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def proxy_of(value: Any, tracer: Any) -> Any:
+    """The proxy of a tensor or size that the tracer knows; anything else as it is. Read in 2.11, 2.13."""
+    if isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return tracer.unwrap_proxy(value)
+    return value
+
+
+def set_current_meta(node: fx.Node) -> Any:
+    """Context in which recorded nodes take over ``stack_trace`` and ``nn_module_stack`` of ``node``. Read in 2.11, 2.13."""
+    return fx.traceback.set_current_meta(node)
+
+
+# --- finding attention (patterns/attention) --------------------------------------------------------------------------
+
+
+def find_anchors(gm: fx.GraphModule, targets: Sequence[Any]) -> list[fx.Node]:
+    """The nodes that call one of ``targets``, in graph order, found by Inductor's pattern matcher.
+
+    The pass visits the graph from its end. Read in 2.11, 2.13.
+    """
+    from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
+
+    found: list[fx.Node] = []
+    anchors = PatternMatcherPass(pass_name="varlen_attention_anchors")
+
+    def keep(match: Match, *args: Any, **kwargs: Any) -> None:
+        found.append(match.nodes[0])
+
+    for target in targets:
+        register_graph_pattern(CallFunctionVarArgs(target), pass_dict=anchors)(keep)  # type: ignore[arg-type]
+    anchors.apply(gm)
+    return found[::-1]

@@ -1,14 +1,13 @@
 """The Dynamo backend ``"varlen_inductor"``, and the compiler that finishes what the passes have rewritten.
 
-``torch.compile(model, backend="varlen_inductor")`` finds :data:`varlen_inductor` through an entry point. It takes ``mode``,
-``options`` and ``dynamic`` as Inductor does, keeps the options that begin with ``varlen.`` for itself, and gives the rest,
-with the rewritten graph, to Inductor.
+``torch.compile(model, backend="varlen_inductor")`` finds :data:`varlen_inductor` through an entry point. It takes ``mode``
+and ``options`` as Inductor does, keeps the options that begin with ``varlen.`` for itself, and gives the rest, with the
+rewritten graph, to Inductor. What the passes do with the graph is decided in :mod:`varlen_inductor.driver`.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import traceback
 import types
 from collections.abc import Callable, Mapping
@@ -17,9 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from varlen_inductor import _compat, config, report
-
-log = logging.getLogger(__name__)
+from varlen_inductor import _compat, config, ddp, inductor_pass, report, switch
 
 Route = Literal["backend", "enable"]
 OPTION_PREFIX = "varlen."
@@ -30,27 +27,44 @@ class InnerCompiler:
 
     Args:
         options: Inductor's own options, a mode among them already spelled out.
-        dynamic: what the user gave to ``torch.compile(dynamic=...)``.
+        dynamic: what the user gave to ``torch.compile(dynamic=...)``, as far as it is known.
         backend: ``"inductor"``, or any other Dynamo backend's name, which then gets no options.
+        original: the graph that Dynamo handed over. What is compiled in its place inherits what Dynamo noted about its
+            inputs: without that Inductor would not know which of them are parameters.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, options: Mapping[str, Any], dynamic: bool | None = None, backend: str = "inductor") -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        dynamic: bool | None = None,
+        backend: str = "inductor",
+        original: fx.GraphModule | None = None,
+    ) -> None:
         self.options = dict(options)
         self.dynamic = dynamic
         self.backend = backend
+        self.original = original
 
     def compile(self, gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
         """Compile a graph that takes the same inputs as Dynamo's, under Dynamo's tracing context.
 
         Args:
-            gm: the graph; its placeholders are those of the graph that the backend was given, in the same order.
+            gm: the graph; its placeholders are those of the graph that the backend was given, in the same order. Inductor
+                takes it over and may change it.
             example_inputs: the inputs that the backend was given.
         """
+        if self.original is not None and gm is not self.original:
+            _compat.adopt_dynamo_attributes(gm, self.original)
+        return ddp.compile_in_buckets(gm, example_inputs, self._compile_whole)
+
+    def _compile_whole(self, gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
         if self.backend != "inductor":
             return _compat.lookup_backend(self.backend)(gm, list(example_inputs))
-        return _compat.inductor_call(_compat.make_inductor_wrapper(None, self.options, self.dynamic), gm, example_inputs)
+        with switch.plain_inductor():
+            wrapper = _compat.make_inductor_wrapper(None, self.options, self.dynamic)
+            return wrapper(gm, example_inputs)  # type: ignore[no-any-return]
 
     def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
         """Compile a Python function on its own, by its own ``torch.compile``, when it is first called.
@@ -117,8 +131,6 @@ def compile_graph(
     Raises:
         Exception: whatever a pass raised, if ``config.strict`` is set; whatever Inductor raises for the original graph.
     """
-    if not config.enabled:
-        return inner.compile(gm, example_inputs)
     try:
         from varlen_inductor import driver
 
@@ -130,6 +142,25 @@ def compile_graph(
             raise
         report.publish(report.Report(error=traceback.format_exc()))
         return inner.compile(gm, example_inputs)
+
+
+def compile_with_options(
+    gm: fx.GraphModule,
+    example_inputs: _compat.ExampleInputs,
+    options: Mapping[str, Any],
+    route: Route,
+    dynamic: bool | None = None,
+) -> _compat.CompiledFn:
+    """What both routes come to once Inductor's options are known and our knobs are set.
+
+    Raises:
+        ValueError: a knob holds a value it cannot have.
+    """
+    config.check()
+    if not config.enabled:
+        return InnerCompiler(options, dynamic, config.inner_backend).compile(gm, example_inputs)
+    inner = InnerCompiler(inductor_pass.marked(options), dynamic, config.inner_backend, original=gm)
+    return compile_graph(gm, example_inputs, inner, route)
 
 
 class VarlenBackend:
@@ -145,7 +176,6 @@ class VarlenBackend:
         *,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
-        dynamic: bool | None = None,
     ) -> _compat.CompiledFn:
         """Compile one graph.
 
@@ -154,18 +184,24 @@ class VarlenBackend:
             example_inputs: its inputs, fake tensors and symbolic integers among them.
             mode: as for Inductor, e.g. ``"max-autotune"``.
             options: Inductor's options, and our knobs with the prefix ``varlen.``.
-            dynamic: what the user gave to ``torch.compile(dynamic=...)``.
 
         Raises:
             ValueError: one of our options is unknown or has a value it cannot have.
             RuntimeError: a mode or one of Inductor's options is unknown.
         """
         knobs, rest = split_options(options)
-        wrapper = _compat.make_inductor_wrapper(mode, rest, dynamic)
+        wrapper = _compat.make_inductor_wrapper(mode, rest, None)
         with config.patch(knobs):
-            config.check()
-            inner = InnerCompiler(wrapper.config, dynamic, config.inner_backend)
-            return compile_graph(gm, example_inputs, inner, "backend")
+            return compile_with_options(gm, example_inputs, wrapper.config, "backend")
+
+    def get_compiler_config(self, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Any:
+        """Inductor's configuration under this mode and these options, as ``OptimizedModule.get_compiler_config`` shows it.
+
+        Raises:
+            ValueError, RuntimeError: as for a call, but already when ``torch.compile`` is called.
+        """
+        _, rest = split_options(options)
+        return _compat.make_inductor_wrapper(mode, rest, None).get_compiler_config()
 
     def reset(self) -> None:
         """What ``torch._dynamo.reset()`` does to us: forget recorded CUDA graphs and past reports."""
@@ -173,5 +209,15 @@ class VarlenBackend:
         report.forget()
 
 
+def is_ours(backend: Any) -> bool:
+    """Whether a Dynamo backend, without the wrappers around it, leads to our passes."""
+    return isinstance(backend, VarlenBackend) or switch.takes(backend)
+
+
 varlen_inductor = VarlenBackend()
 """The object that the entry point names."""
+
+# `torch.compile` looks a backend up, and so imports this module, before it compiles anything: from here on it tells us the
+# options it was given, and DDP's optimizer leaves the graphs that are ours in one piece.
+_compat.forward_compiler_config(VarlenBackend)
+ddp.install(is_ours)

@@ -1,0 +1,170 @@
+"""The rewrite as an Inductor pass, and what keeps Inductor's caches right.
+
+For those who stay on ``backend="inductor"``::
+
+    torch.compile(model, options={"pre_grad_custom_pass": varlen_inductor.VarlenPass()})
+
+Inductor's cache keys know the graph, its own settings and its own sources. They know nothing of ours: an operator of ours is
+a name to them, whatever its lowering does. Both forms of the rewrite therefore put :func:`cache_key` where the keys are
+made: :class:`VarlenPass` through its ``uuid()``, the backend through a :class:`CacheMark`, a pass that does nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from varlen_inductor import _compat, config, report
+
+# Knobs that decide nothing about the compiled code.
+_NOT_IN_KEY = ("strict", "inner_backend")
+
+# Packages that bring kernels: with another version, or none, another kernel may have been chosen.
+_KERNEL_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend", "triton")
+
+_MARK_SLOT = "post_grad_custom_post_pass"
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash over the package's own Python files and the versions of the packages whose kernels it may call."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    # `patterns` and `lowering` are links in a checkout, folders in a wheel.
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(folder) / name
+                digest.update(path.relative_to(root).as_posix().encode())
+                digest.update(path.read_bytes())
+    for package in _KERNEL_PACKAGES:
+        digest.update(f"{package}={_version(package)}".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def cache_key() -> str:
+    """What a compiled artifact depends on besides the graph: our sources and our knobs as they are set now."""
+    knobs = {name: value for name, value in config.get_config_copy().items() if name not in _NOT_IN_KEY}
+    return f"varlen_inductor-{source_hash()}-{json.dumps(knobs, sort_keys=True)}"
+
+
+class VarlenPass(_compat.graph_pass_class()):  # type: ignore[misc]
+    """The rewrite for ``options={"pre_grad_custom_pass": VarlenPass()}``: attention only, in place, no packing of the rest.
+
+    A pass runs inside one graph and cannot look at data first, so it does what needs no fact about the data. Use
+    ``backend="varlen_inductor"`` to pack the whole model. To keep another pass of your own in that setting, give a list of
+    both (torch 2.12 and later).
+
+    Inductor does not call the pass when it finds the compiled graph in its cache; nothing is logged or counted then.
+
+    Args:
+        **knobs: values for ``varlen_inductor.config`` that hold for this pass, e.g. ``padded_rows="keep"``.
+
+    Raises:
+        ValueError: a knob is unknown or has a value it cannot have.
+    """
+
+    def __init__(self, **knobs: Any) -> None:
+        for name, value in knobs.items():
+            problem = config.problem_with(name, value)
+            if problem is not None:
+                raise ValueError(f"VarlenPass: {problem}")
+        self.knobs = knobs
+        # After a cache hit nothing but this object is left to register the operators that the artifact calls.
+        _compat.import_operators()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite the graph in place. A failure is logged and leaves the graph as it was, unless ``config.strict``."""
+        with config.patch(self.knobs):
+            if not config.enabled:
+                return
+            config.check()
+            try:
+                from varlen_inductor import driver
+
+                report.publish(driver.rewrite_in_place(graph.owning_module))
+            except Exception:
+                if config.strict:
+                    raise
+                report.publish(report.Report(error=traceback.format_exc()))
+
+    def uuid(self) -> str:
+        """Inductor's way to ask what this pass is; a new answer makes every earlier cache entry miss."""
+        with config.patch(self.knobs):
+            return cache_key()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch 2.11 pickles the setting itself into its cache key and does not ask for `uuid()`.
+        return _restore, (self.knobs, self.uuid())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VarlenPass) and self.knobs == other.knobs
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.knobs.items())))
+
+
+def _restore(knobs: Mapping[str, Any], key: str) -> VarlenPass:
+    """Unpickle a pass; the key has done its work when it was pickled."""
+    return VarlenPass(**knobs)
+
+
+class CacheMark(_compat.graph_pass_class()):  # type: ignore[misc]
+    """A pass that changes nothing and carries a key into Inductor's cache keys. It calls the pass it has displaced, if any."""
+
+    def __init__(self, key: str, displaced: Any = None) -> None:
+        self.key = key
+        self.displaced = displaced
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.displaced is not None:
+            self.displaced(graph)
+
+    def uuid(self) -> Any:
+        if self.displaced is None:
+            return self.key
+        ask = getattr(self.displaced, "uuid", None)
+        theirs = None if ask is None else ask()
+        # A pass that cannot be identified turns Inductor's caches off, as it did before we displaced it.
+        return None if theirs is None else (self.key, theirs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CacheMark) and (self.key, self.displaced) == (other.key, other.displaced)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def marked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options with our key among them, so that what we compile is cached under it.
+
+    The key goes where a pass would: options reach the compiler of the backward as well, which runs later and elsewhere.
+    """
+    present = options.get(_MARK_SLOT, _compat.inductor_setting(_MARK_SLOT))
+    if _compat.passes_may_be_lists():
+        passes = list(present) if isinstance(present, (list, tuple)) else [] if present is None else [present]
+        return {**options, _MARK_SLOT: [*passes, CacheMark(cache_key())]}
+    return {**options, _MARK_SLOT: CacheMark(cache_key(), present)}
+
+
+def is_marked(options: Mapping[str, Any]) -> bool:
+    """Whether these options belong to a compile that comes from us: its graph has been through our passes already."""
+    present = options.get(_MARK_SLOT)
+    return any(isinstance(each, CacheMark) for each in (present if isinstance(present, (list, tuple)) else [present]))
