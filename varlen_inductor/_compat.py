@@ -407,3 +407,33 @@ def find_anchors(gm: fx.GraphModule, targets: Sequence[Any]) -> list[fx.Node]:
         register_graph_pattern(CallFunctionVarArgs(target), pass_dict=anchors)(keep)  # type: ignore[arg-type]
     anchors.apply(gm)
     return found[::-1]
+
+
+# --- operators (ops/attention.py) ------------------------------------------------------------------------------------
+
+
+def below_autograd() -> Any:
+    """Context in which operators skip autograd: what a kernel registered for autograd calls its operator in.
+
+    Read in 2.11, 2.13; PyTorch's own ``torch.library.register_autograd`` uses it.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def keys_after_autograd(keyset: Any) -> Any:
+    """The dispatch keys of ``keyset`` that come after autograd, for ``OpOverload.redispatch``. Read in 2.11, 2.13."""
+    return keyset & torch._C._after_autograd_keyset
+
+
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is asked for one of them, in one C++ call. Read in 2.11, 2.13."""
+    return bool(torch._C._any_requires_grad(*tensors))
+
+
+def below_autocast(device_type: str) -> Any:
+    """Context in which operators skip autocast on this kind of device. Read in 2.11, 2.13.
+
+    The public ``torch.autocast(device_type, enabled=False)`` also drops the cache of cast weights when it is the outermost.
+    """
+    key = torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}")
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
