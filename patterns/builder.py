@@ -1,0 +1,458 @@
+"""Build the packed graph: every node of a region as its twin, everything else as it was, pack and unpack only at the edges.
+
+The source graph is read, never changed. Each of its values exists in the new graph in up to two forms: *padded*, as in the
+source, and *packed*, once per domain. A form that a value does not have yet is made at its definition, so that it is made
+once and under the grad mode of its producer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .dims import Size, as_size, size_of
+from .domain import Domain, Layout, layout_of, partial_layout, touches
+from .oprules import Typing, is_tensor, op_name
+from .padvalue import PadValues
+from .site import attention_of
+from .twins import NotPackable, emit_twin, rest_sizes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes of the new graph that say where a domain's tokens are; see `varlen_inductor.ops.packing`.
+
+    ``dead_sequence``: ``cu_seqlens`` has one more sequence, made of the dead rows.
+    """
+
+    index: fx.Node
+    inverse: fx.Node
+    cu_seqlens: fx.Node
+    dead_sequence: bool
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A pack or an unpack: the value of ``node`` that crossed the edge of a region, and the node that made it necessary."""
+
+    kind: str
+    node: fx.Node
+    user: fx.Node
+
+
+@dataclass
+class Region:
+    """The nodes that run packed in one domain, in graph order, and what crossed its edges."""
+
+    domain: Domain
+    nodes: set[fx.Node]
+    pad_values: PadValues
+    crossings: list[Crossing] = field(default_factory=list)
+    refused: dict[fx.Node, str] = field(default_factory=dict)
+
+
+EmitSite = Callable[["Builder", fx.Node], fx.Node]
+
+
+class Builder:
+    """Emits the new graph.
+
+    Args:
+        source: the module to rewrite, with canonical attentions.
+        table: dimension typing of its nodes.
+        regions: what to pack; a node is in at most one.
+        emit_site: emits a canonical attention; returns the packed twin for one inside a region, else the padded value.
+    """
+
+    def __init__(
+        self, source: fx.GraphModule, table: Mapping[fx.Node, Typing], regions: list[Region], emit_site: EmitSite
+    ) -> None:
+        self.source = source
+        self.table = table
+        self.regions = regions
+        self.emit_site = emit_site
+        self.graph = fx.Graph()
+        self.own: set[fx.Node] = set()
+        self.views = {region.domain: PackedView(self, region) for region in regions}
+        self.region_of = {node: region for region in regions for node in region.nodes}
+        self.tainted: set[fx.Node] = set()
+        self._padded: dict[fx.Node, fx.Node] = {}
+        self._symbols: dict[sympy.Expr, fx.Node] = {}
+        self._current: fx.Node | None = None
+        self._last_input: fx.Node | None = None
+        self._pending: list[tuple[Domain, Callable[[Builder], Plan], set[fx.Node]]] = []
+
+    # --- the walk ----------------------------------------------------------------------------------------------------------
+
+    def plan_in_graph(self, domain: Domain, make: Callable[[Builder], Plan], leaves: set[fx.Node]) -> None:
+        """Make the plan of ``domain`` inside the graph, as soon as ``leaves`` have been emitted."""
+        self._pending.append((domain, make, set(leaves)))
+
+    def add_input(self, name: str) -> fx.Node:
+        """A placeholder after those of the source."""
+        node = self.graph.placeholder(name)
+        self.own.add(node)
+        self._last_input = node
+        return node
+
+    def placeholders(self) -> None:
+        """Copy the placeholders of the source, in order."""
+        for node in self.source.graph.nodes:
+            if node.op == "placeholder":
+                self._copy(node)
+                self._last_input = self._padded[node]
+
+    def build(self) -> fx.GraphModule:
+        """Emit all nodes; call `placeholders` (and `add_input`) first."""
+        self._make_ready_plans()
+        for node in self.source.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            self._current = node
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], lambda x: self._output(x)))
+                break
+            self._emit(node)
+            self._make_ready_plans()
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return fx.GraphModule(self.source, self.graph)
+
+    def _make_ready_plans(self) -> None:
+        for entry in list(self._pending):
+            domain, make, wanted = entry
+            if all(x in self._padded for x in wanted):
+                self._pending.remove(entry)
+                self.views[domain].plan = make(self)
+
+    def _emit(self, node: fx.Node) -> None:
+        region = self.region_of.get(node)
+        if region is not None and self._emit_packed(node, region):
+            return
+        if attention_of(node) is not None:
+            self._padded[node] = self.emit_site(self, node)
+            self._taint(node)
+        elif isinstance(node.meta.get("val"), (list, tuple)) and self._all_results_packed(node):
+            pass
+        else:
+            self._copy(node)
+
+    def _all_results_packed(self, node: fx.Node) -> bool:
+        return node in self.region_of
+
+    def _emit_packed(self, node: fx.Node, region: Region) -> bool:
+        view = self.views[region.domain]
+        try:
+            twin = self.emit_site(self, node) if attention_of(node) is not None else emit_twin(view, node)
+        except NotPackable as error:
+            region.refused[node] = str(error)
+            del self.region_of[node]
+            region.nodes.discard(node)
+            return False
+        if twin.op == "call_function" and "stack_trace" not in twin.meta:
+            twin.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+        view.twins[node] = twin
+        return True
+
+    def _copy(self, node: fx.Node) -> None:
+        new = self.graph.node_copy(node, self.padded)
+        new.meta = dict(node.meta)
+        self.own.add(new)
+        self._padded[node] = new
+        self._taint(node)
+
+    def _taint(self, node: fx.Node) -> None:
+        """Note whether padded rows of ``node`` were computed from rows that only stand in for padded ones."""
+        if any(x in self.tainted or x in self.region_of for x in node.all_input_nodes):
+            self.tainted.add(node)
+
+    # --- the two forms of a value ------------------------------------------------------------------------------------------
+
+    def padded(self, node: fx.Node) -> fx.Node:
+        """The padded form of a source value."""
+        if node not in self._padded:
+            region = self.region_of[node]
+            fill = region.pad_values.value(node)
+            self._padded[node] = self.views[region.domain].unpacked(node, fill, repeat=fill is None, user=self._current)
+        return self._padded[node]
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        region = self.region_of.get(node)
+        if region is not None:
+            fill = region.pad_values.value(node)
+            return self.views[region.domain].unpacked(node, fill or 0, repeat=False, user=self._current)
+        if node in self.tainted and is_tensor(node):
+            for view in self.views.values():
+                if view.layout(node) is not None and view.plan is not None:
+                    return view.zeroed(node)
+        return self.padded(node)
+
+    # --- emitting ----------------------------------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if self._current is not None and "stack_trace" in self._current.meta:
+            node.meta["stack_trace"] = self._current.meta["stack_trace"]
+        self.own.add(node)
+        return node
+
+    def after(self, *nodes: fx.Node) -> Any:
+        """Insert right behind the last of ``nodes`` (behind all inputs, if it is one)."""
+        last = max(nodes)
+        if last.op == "placeholder":
+            assert self._last_input is not None
+            last = self._last_input
+        return self.graph.inserting_before(last.next)
+
+    def size(self, size: Size | int | torch.SymInt) -> Any:
+        """A size as an argument: an int, or the node of the new graph that holds it."""
+        expression = as_size(size)
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._symbols:
+            self._symbols[expression] = self._make_size(expression)
+        return self._symbols[expression]
+
+    def _make_size(self, expression: sympy.Expr) -> fx.Node:
+        assert self._last_input is not None
+        for node in self.source.graph.nodes:
+            if node.op != "placeholder":
+                break
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expression:
+                return self._padded[node]
+        for node in self.source.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+                continue
+            for i, n in enumerate(value.shape):
+                if isinstance(n, torch.SymInt) and n.node.expr == expression:
+                    with self.after(self._padded[node]):
+                        return self.call(aten.sym_size.int, self._padded[node], i)
+        if isinstance(expression, (sympy.Mul, sympy.Add)):
+            function = operator.mul if isinstance(expression, sympy.Mul) else operator.add
+            parts = [self.size(part) for part in expression.args]
+            made = parts[0]
+            for part in parts[1:]:
+                with self.after(*[p for p in (made, part) if isinstance(p, fx.Node)]):
+                    made = self.call(function, made, part)
+            return made
+        raise NotPackable(f"the size {expression} cannot be computed from the graph's inputs")
+
+
+class PackedView:
+    """One domain's packed forms in the new graph."""
+
+    def __init__(self, builder: Builder, region: Region) -> None:
+        self.builder = builder
+        self.region = region
+        self.domain = region.domain
+        self.table = builder.table
+        self.twins: dict[fx.Node, fx.Node] = {}
+        self.plan: Plan | None = None
+        self._packs: dict[fx.Node, fx.Node] = {}
+        self._partials: dict[fx.Node, fx.Node] = {}
+        self._unpacks: dict[tuple[fx.Node, Any, bool], fx.Node] = {}
+        self._helpers: dict[str, fx.Node] = {}
+
+    # What handlers of twins use.
+    @property
+    def own(self) -> set[fx.Node]:
+        return self.builder.own
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.builder.call(target, *args, **kwargs)
+
+    def size(self, size: Size) -> Any:
+        return self.builder.size(size)
+
+    def plain(self, node: fx.Node) -> fx.Node:
+        return self.builder.padded(node)
+
+    def layout(self, node: fx.Node) -> Layout | None:
+        return layout_of(self.table[node].dims, self.domain) if is_tensor(node) else None
+
+    def touches(self, node: fx.Node) -> bool:
+        return is_tensor(node) and (
+            touches(self.table[node].dims, self.domain) or partial_layout(self.table[node].dims, self.domain) is not None
+        )
+
+    def shape(self, node: fx.Node) -> list[Any]:
+        """The shape argument of the twin of ``node``."""
+        return [-1, *rest_sizes(self, node)]
+
+    def ready(self) -> Plan:
+        if self.plan is None:
+            raise NotPackable("the mask is computed after this value")
+        return self.plan
+
+    def helper(self, name: str, make: Callable[[], fx.Node]) -> fx.Node:
+        """A node that depends on the plan alone, made once, right behind it."""
+        if name not in self._helpers:
+            plan = self.ready()
+            with self.builder.after(plan.index, plan.inverse, plan.cu_seqlens, *self._helpers.values()):
+                self._helpers[name] = make()
+        return self._helpers[name]
+
+    def position_index(self) -> fx.Node:
+        """The position in its sequence of each packed row, (T,) int64."""
+        return self.helper("position", lambda: self.call(aten.remainder.Scalar, self.ready().index, self.size(self.domain.length)))
+
+    def batch_index(self) -> fx.Node:
+        """The batch row of each packed row, (T,) int64."""
+        length = self.size(self.domain.length)
+        return self.helper("batch", lambda: self.call(aten.div.Tensor_mode, self.ready().index, length, rounding_mode="floor"))
+
+    def packed(self, node: fx.Node) -> fx.Node:
+        """The packed form of a value with token rows."""
+        if node in self.twins:
+            return self.twins[node]
+        if node not in self._packs:
+            self._packs[node] = self._pack(node)
+        return self._packs[node]
+
+    def _pack(self, node: fx.Node) -> fx.Node:
+        plan, layout = self.ready(), self.layout(node)
+        if layout is None:
+            raise NotPackable(f"{node.name} has no token rows")
+        padded = self.builder.padded(node)
+        self._crossed("pack", node)
+        with self.builder.after(padded, plan.index, plan.inverse):
+            rows = self._to_rows(padded, layout)
+            return self.call(torch.ops.varlen_inductor.pack.default, rows, plan.index, plan.inverse)
+
+    def _crossed(self, kind: str, node: fx.Node) -> None:
+        user = self.builder._current
+        assert user is not None
+        self.region.crossings.append(Crossing(kind, node, user))
+
+    def _run_sizes(self, layout: Layout) -> list[Any]:
+        return [self.size(size_of(atoms)) for _, atoms in layout.order]
+
+    def _rows_order(self, layout: Layout) -> list[int]:
+        """Runs in the order batch, position, rest."""
+        kinds = [kind for kind, _ in layout.order]
+        return [i for wanted in "bs" for i, k in enumerate(kinds) if k == wanted] + [i for i, k in enumerate(kinds) if k == "r"]
+
+    def _positions(self) -> Any:
+        return self.size(self.domain.batch_size * self.domain.length)
+
+    def _to_rows(self, padded: fx.Node, layout: Layout) -> fx.Node:
+        """(B * S, *rest) from any layout."""
+        order = self._rows_order(layout)
+        split = padded
+        if any(n != 1 for n in layout.runs_per_dim):
+            split = self.call(aten.reshape.default, split, self._run_sizes(layout))
+        if order != sorted(order):
+            split = self.call(aten.permute.default, split, order)
+        rest = [self.size(size_of(atoms)) for atoms in layout.rest]
+        return self.call(aten.reshape.default, split, [self._positions(), *rest])
+
+    def from_rows(self, rows: fx.Node, node: fx.Node) -> fx.Node:
+        """The layout of ``node`` from (B * S, *rest)."""
+        layout = self.layout(node)
+        assert layout is not None
+        order = self._rows_order(layout)
+        sizes = self._run_sizes(layout)
+        value = self.call(aten.reshape.default, rows, [sizes[i] for i in order])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        if back != sorted(back):
+            value = self.call(aten.permute.default, value, back)
+        if any(n != 1 for n in layout.runs_per_dim):
+            value = self.call(aten.reshape.default, value, [self.size(n) for n in node.meta["val"].shape])
+        return value
+
+    def unpacked(self, node: fx.Node, fill: Any, *, repeat: bool, user: fx.Node | None) -> fx.Node:
+        """The padded form of a packed value, its padded rows filled with ``fill`` or with copies of a valid row."""
+        key = (node, None if repeat else float(fill), repeat)
+        if key not in self._unpacks:
+            plan, twin = self.ready(), self.twins[node]
+            self._crossed("unpack", node)
+            with self.builder.after(twin, plan.index, plan.inverse):
+                rows = self.call(
+                    torch.ops.varlen_inductor.unpack.default, twin, plan.index, plan.inverse, 0.0 if repeat else float(fill), repeat
+                )
+                self._unpacks[key] = self.from_rows(rows, node)
+        return self._unpacks[key]
+
+    def valid_like(self, node: fx.Node) -> fx.Node:
+        """Which rows of ``node`` are valid, as a bool that broadcasts against its padded form."""
+        layout = self.layout(node)
+        assert layout is not None
+        if any(n != 1 for n in layout.runs_per_dim):
+            raise NotPackable("its tokens share a dimension with something else")
+        shape = [self.size(size_of(atoms)) if kind != "r" else 1 for kind, atoms in layout.order]
+        order = [i for i in self._rows_order(layout) if layout.order[i][0] != "r"]
+        valid = self.call(aten.ge.Scalar, self.ready().inverse, 0)
+        valid = self.call(aten.reshape.default, valid, [shape[i] for i in order])
+        if order != sorted(order):
+            valid = self.call(aten.permute.default, valid, [1, 0])
+        return self.call(aten.reshape.default, valid, shape)
+
+    def zeroed(self, node: fx.Node) -> fx.Node:
+        """The padded form of ``node`` with zeros in its padded rows."""
+        padded = self.builder.padded(node)
+        layout = self.layout(node)
+        assert layout is not None
+        if any(n != 1 for n in layout.runs_per_dim):
+            rows = self._to_rows(padded, layout)
+            valid = self.call(aten.ge.Scalar, self.ready().inverse, 0)
+            valid = self.call(aten.reshape.default, valid, [-1] + [1] * len(layout.rest))
+            return self.from_rows(self.call(aten.where.ScalarOther, valid, rows, 0), node)
+        return self.call(aten.where.ScalarOther, self.valid_like(node), padded, 0)
+
+    def operand(self, x: fx.Node, node: fx.Node) -> fx.Node:
+        """``x`` as an operand of the twin of the pointwise ``node``: aligned with ``(T, *rest)`` by broadcasting."""
+        layout = self.layout(node)
+        if layout is None:
+            raise NotPackable("its result has no token rows")
+        offset = len(layout.runs_per_dim) - x.meta["val"].dim()
+        has_rest = [layout.packed_dim(i) is not None for i in range(len(layout.runs_per_dim))]
+        if self.layout(x) is not None:
+            packed = self.packed(x)
+            missing = sum(has_rest[:offset])
+            for _ in range(missing):
+                packed = self.call(aten.unsqueeze.default, packed, 1)
+            return packed
+        partial = partial_layout(self.table[x].dims, self.domain)
+        if partial is None:
+            if touches(self.table[x].dims, self.domain):
+                raise NotPackable(f"{x.name} holds its tokens in a way that has no packed form")
+            return self._without_token_dims(self.builder.padded(x), x, has_rest, offset)
+        if x not in self._partials:
+            self._partials[x] = self._gather(x, *partial)
+        gathered = self._partials[x]
+        other = [i for i in range(x.meta["val"].dim()) if i != partial[1]]
+        drop = [1 + j for j, i in enumerate(other) if not has_rest[i + offset]]
+        if drop:
+            gathered = self.call(aten.squeeze.dims, gathered, drop)
+        for _ in range(sum(has_rest[:offset])):
+            gathered = self.call(aten.unsqueeze.default, gathered, 1)
+        return gathered
+
+    def _gather(self, x: fx.Node, kind: str, dim: int) -> fx.Node:
+        """A value that varies with only the position (or the batch), for each packed row: (T, *others)."""
+        index = self.position_index() if kind == "s" else self.batch_index()
+        padded = self.builder.padded(x)
+        self._crossed("pack", x)
+        with self.builder.after(padded, index):
+            moved = padded if dim == 0 else self.call(aten.movedim.int, padded, dim, 0)
+            return self.call(aten.index_select.default, moved, 0, index)
+
+    def _without_token_dims(self, value: fx.Node, x: fx.Node, has_rest: list[bool], offset: int) -> fx.Node:
+        drop = [i for i in range(x.meta["val"].dim()) if i + offset >= 0 and not has_rest[i + offset]]
+        return self.call(aten.squeeze.dims, value, drop) if drop else value
+
+
+def twin_kind(node: fx.Node) -> str:
+    """For reports: the operator of a node."""
+    attention = attention_of(node)
+    return "attention" if attention is not None else op_name(node)
