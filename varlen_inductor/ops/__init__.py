@@ -1,0 +1,11 @@
+"""The operators: attention over packed sequences, and what packs and unpacks them.
+
+``api`` is what users call, ``attention`` registers the operator with PyTorch, ``backends`` holds the kernels,
+``reference`` the readable definition that each kernel is tested against.
+"""
+
+from __future__ import annotations
+
+from varlen_inductor.ops.api import AuxRequest, varlen_attn
+
+__all__ = ["AuxRequest", "varlen_attn"]

@@ -1,0 +1,157 @@
+"""``varlen_attn``: attention over packed sequences, with the arguments of ``torch.nn.attention.varlen.varlen_attn`` and more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varlen_inductor.ops import attention
+
+
+class AuxRequest(NamedTuple):
+    """Which auxiliary outputs ``varlen_attn`` returns."""
+
+    lse: bool = False
+    """The logarithm of the sum of the exponentiated scores; shape (H_q, T_q)."""
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: AuxRequest | None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    dropout_p: float = 0.0,
+    position_q: Tensor | None = None,
+    position_k: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Scaled dot product attention within each of N sequences that lie one after the other, without padding.
+
+    Differentiable in ``query``, ``key`` and ``value``, also through the returned lse. Runs on the CPU and on CUDA.
+
+    Args:
+        query: shape (T_q, H_q, D); float32, float64, bfloat16 or float16; any strides. Sequence ``i`` has the rows
+            ``cu_seq_q[i]`` to ``cu_seq_q[i + 1]``. Rows behind ``cu_seq_q[-1]`` are not read.
+        key: shape (T_k, H_kv, D), dtype of ``query``; or (pages, page_size, H_kv, D) with ``block_table``.
+        value: shape (T_k, H_kv, D_v), dtype of ``query``; or (pages, page_size, H_kv, D_v) with ``block_table``.
+        cu_seq_q: shape (N + 1,), int32: 0, then the end of each sequence of queries.
+        cu_seq_k: the same for keys and values. ``None`` only with ``block_table``, which takes its place.
+        max_q: an upper bound of the lengths of the query sequences, e.g. the length they were once padded to.
+        max_k: the same for the key sequences.
+        return_aux: with ``AuxRequest(lse=True)``, lse is returned too.
+        scale: multiplies the scores; ``1 / sqrt(D)`` by default.
+        window_size: (left, right): query ``i`` of a sequence with ``lq`` queries and ``lk`` keys sees the keys from
+            ``i + lk - lq - left`` to ``i + lk - lq + right``, so the last query is level with the last key; -1 is no limit.
+            (-1, -1) is full attention, (-1, 0) is causal, (w, 0) is causal with a sliding window.
+        enable_gqa: allow ``key`` and ``value`` fewer heads than ``query``: H_q must be a multiple of H_kv, and each run of
+            ``H_q / H_kv`` query heads shares one.
+        seqused_k: shape (N,), int32: sequence ``i`` uses only its first ``seqused_k[i]`` keys.
+        block_table: shape (N, pages_per_sequence), int32: sequence ``i`` has its keys and values in these pages, in this
+            order. Requires ``seqused_k``. The pages are gathered into a copy.
+        num_splits: how many parts of a sequence's keys are worked on at the same time. Taken for compatibility: none of the
+            kernels splits them, so the result for a sequence never depends on the others in the batch.
+        dropout_p: the probability with which an attention weight is dropped; apply it in training only. Drawn from the
+            default generator of the device, so ``torch.manual_seed`` reproduces it.
+        position_q: shape (T_q,), int32 or int64. With both, ``window_size`` speaks of these positions, not of the places
+            within the sequence: a query at ``p`` sees the keys at ``p - left`` to ``p + right``.
+        position_k: shape (T_k,), int32 or int64.
+
+    Returns:
+        out, shape (T_q, H_q, D_v), dtype of ``query``, contiguous; with ``return_aux.lse`` also lse, shape (H_q, T_q),
+        float32 (float64 for float64). A query that sees no key, or that lies behind ``cu_seq_q[-1]``, has out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. The message names it.
+            That ``cu_seq_q`` and ``cu_seq_k`` rise, end within the tokens and keep to ``max_q`` and ``max_k`` is checked only
+            if ``varlen_inductor.config.debug`` is set, because it waits for the device.
+
+    Example::
+
+        >>> lengths = torch.tensor([3, 5])
+        >>> cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        >>> q, k, v = (torch.randn(8, 4, 16) for _ in range(3))
+        >>> varlen_attn(q, k, v, cu_seq, cu_seq, 5, 5, window_size=(-1, 0)).shape
+        torch.Size([8, 4, 16])
+    """
+    _check_types(query=query, key=key, value=value, cu_seq_q=cu_seq_q)
+    window_left, window_right = _window(window_size)
+    if num_splits is not None and num_splits < 0:
+        raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
+    if block_table is not None:
+        key, value, cu_seq_k = _gather_pages(key, value, block_table, cu_seq_q, seqused_k)
+    elif cu_seq_k is None:
+        raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
+    _check_heads(query, key, enable_gqa)
+    out, lse, _ = attention.varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        dropout_p=dropout_p,
+        seqused_k=seqused_k,
+        position_q=position_q,
+        position_k=position_k,
+    )
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
+def _check_types(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}; it must be a torch.Tensor")
+
+
+def _window(window_size: Sequence[int]) -> tuple[int, int]:
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size is {window_size!r}; it must be a pair (left, right), -1 for no limit") from None
+    return left, right
+
+
+def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+    if query.dim() == 3 and key.dim() == 3 and not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share key heads between query "
+            f"heads, or give both as many"
+        )
+
+
+def _gather_pages(
+    key: Tensor, value: Tensor, block_table: Tensor, cu_seq_q: Tensor, seqused_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key and value with the pages of each sequence one after the other, and where each sequence ends."""
+    if seqused_k is None:
+        raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
+    for name, x in (("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)")
+    sequences = cu_seq_q.shape[0] - 1
+    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != sequences:
+        raise ValueError(
+            f"block_table is {block_table.dtype} of shape {tuple(block_table.shape)}; it must be torch.int32 of shape "
+            f"({sequences}, pages_per_sequence)"
+        )
+    pages = block_table.clamp(0, key.shape[0] - 1)  # behind the pages that a sequence uses anything may stand
+    capacity = block_table.shape[1] * key.shape[1]
+    ends = torch.arange(sequences + 1, dtype=torch.int32, device=block_table.device) * capacity
+    return key[pages].flatten(0, 2), value[pages].flatten(0, 2), ends

@@ -1,0 +1,287 @@
+"""Registers ``varlen_inductor::varlen_attn`` and its backward with PyTorch.
+
+A call passes through autocast (casts as scaled dot product attention does), autograd (one ``autograd.Function``) and the
+dispatch to a backend. Tracers record it as one node; the fake kernels say what comes out.
+
+Schema of ``varlen_attn``::
+
+    query (T_q, H, D), key (T_k, H_k, D), value (T_k, H_k, D_v); any strides; H a multiple of H_k
+    cu_seq_q, cu_seq_k   (N + 1,) int32: sequence i has the rows cu_seq[i] to cu_seq[i + 1]; the last entry may be below T
+    max_q, max_k         bounds of the sequence lengths
+    scale                of the scores; None is 1 / sqrt(D)
+    window_left/right    query i of a sequence with lq queries and lk keys sees the keys j with
+                         i + lk - lq - left <= j <= i + lk - lq + right; -1 is no limit; (-1, 0) is causal
+    dropout_p            probability with which an attention weight is dropped
+    seqused_k            (N,) int32: sequence i has only this many keys, the first of its rows
+    position_q/k         (T_q,), (T_k,) int: with both, the rule is position_q[i] - left <= position_k[j] <= position_q[i] + right
+    kernels              as ``varlen_inductor.config.kernels``, which is meant by None
+
+    -> out (T_q, H, D_v), contiguous; lse (H, T_q), natural logarithm, float64 for float64 operands and float32 else;
+       rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0
+
+Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. Rows outside
+of every sequence are never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlen_inductor import _compat, config
+from varlen_inductor.ops.backends import choose
+from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
+from varlen_inductor.ops.validate import check_lengths, check_operands
+
+_OPTIONS = (
+    "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
+    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None"
+)
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+# The library must live as long as the operators.
+LIBRARY = torch.library.Library("varlen_inductor", "FRAGMENT")
+LIBRARY.define(
+    f"varlen_attn({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
+    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
+)
+LIBRARY.define(
+    f"varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, {_OPERANDS}, {_OPTIONS})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    tags=_TAGS,
+)
+varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
+varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _arguments(
+    query: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_left: int = UNBOUNDED,
+    window_right: int = UNBOUNDED,
+    dropout_p: float = 0.0,
+    seqused_k: Tensor | None = None,
+    position_q: Tensor | None = None,
+    position_k: Tensor | None = None,
+    kernels: str | None = None,
+) -> tuple[Layout, Rule, str | None]:
+    """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
+    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[2] or 1)
+    return layout, Rule(scale, window_left, window_right, dropout_p), kernels
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    layout, rule, kernels = _arguments(query, *args, **options)
+    check_operands(query, key, value, layout, rule)
+    if config.debug:
+        check_lengths(layout, query.shape[0], key.shape[0])
+    return run_forward(query, key, value, layout, rule, config.kernels if kernels is None else kernels)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, rule, kernels = _arguments(query, *args, **options)
+    kernels = config.kernels if kernels is None else kernels
+    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+
+
+def run_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator without its checks: real tensors, below autograd."""
+    if query.numel() == 0 or key.shape[0] == 0:
+        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+        lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
+        return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
+    backend = choose(Problem.of(query, key, value, layout, rule), kernels).backend
+    return backend.forward(query, key, value, layout, rule)
+
+
+def run_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of ``run_forward`` with the same ``kernels``."""
+    if query.numel() == 0 or key.shape[0] == 0:
+        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    backend = choose(Problem.of(query, key, value, layout, rule), kernels).backend
+    return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+
+
+LIBRARY.impl("varlen_attn", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("varlen_attn_backward", _backward, "CompositeExplicitAutograd")
+
+
+# --- fakes -----------------------------------------------------------------------------------------------------------
+
+
+def _rng_size(rule: Rule) -> int:
+    return 2 if rule.dropout_p > 0.0 else 0
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    layout, rule, _ = _arguments(query, *args, **options)
+    check_operands(query, key, value, layout, rule)
+    tokens, heads, _ = query.shape
+    out = query.new_empty((tokens, heads, value.shape[2]))
+    lse = query.new_empty((heads, tokens), dtype=lse_dtype(query.dtype))
+    return out, lse, query.new_empty((_rng_size(rule),), dtype=torch.uint64)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+torch.library.register_fake("varlen_inductor::varlen_attn", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("varlen_inductor::varlen_attn_backward", _fake_backward, lib=LIBRARY)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _VarlenAttn(torch.autograd.Function):
+    """The operator with its gradient. Every tensor comes by position, as autograd wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, options: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with _compat.below_autograd():
+            out, lse, rng_state = varlen_attn.redispatch(keyset, *args, **options)
+        query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k = args
+        tensors = {name: options.pop(name) for name in _TENSOR_OPTIONS if name in options}
+        ctx.save_for_backward(out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
+        ctx.options, ctx.tensor_names = options, tuple(tensors)
+        ctx.mark_non_differentiable(rng_state)
+        ctx.set_materialize_grads(False)
+        return out, lse, rng_state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, _ = grads
+        out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 9
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        gradients = varlen_attn_backward(
+            grad_out,
+            grad_lse,
+            out,
+            lse,
+            rng_state,
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            ctx.max_q,
+            ctx.max_k,
+            **ctx.options,
+            **dict(zip(ctx.tensor_names, tensors, strict=True)),
+        )
+        return None, None, *gradients, None, None, None, None
+
+
+_TENSOR_OPTIONS = ("seqused_k", "position_q", "position_k")
+
+
+def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
+    below = _compat.keys_after_autograd(keyset)
+    # The backward runs in a thread of autograd's, where the knobs have their defaults: fix the choice of kernel here.
+    options.setdefault("kernels", config.kernels)
+    if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
+        return _VarlenAttn.apply(below, options, *args)
+    with _compat.below_autograd():
+        return varlen_attn.redispatch(below, *args, **options)
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """The backward operator, which has no gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, options: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with _compat.below_autograd():
+            gradients: tuple[Tensor, Tensor, Tensor] = varlen_attn_backward.redispatch(keyset, *args, **options)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "varlen_attn has no second derivative: compute this gradient without create_graph=True, or use "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend"
+        )
+
+
+def _autograd_backward(keyset: Any, *args: Any, **options: Any) -> Any:
+    below = _compat.keys_after_autograd(keyset)
+    if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:8]):
+        return _NoDoubleBackward.apply(below, options, *args)
+    with _compat.below_autograd():
+        return varlen_attn_backward.redispatch(below, *args, **options)
+
+
+LIBRARY.impl("varlen_attn", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("varlen_attn_backward", _autograd_backward, "Autograd", with_keyset=True)
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str) -> Callable[..., Any]:
+    """As for scaled dot product attention: query, key and value take the autocast dtype, unless they are float64."""
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        operands = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in args[:3])
+        with _compat.below_autocast(device_type):
+            return varlen_attn(*operands, *args[3:], **options)
+
+    return kernel
+
+
+for _device_type in ("cpu", "cuda"):
+    LIBRARY.impl("varlen_attn", _autocast(_device_type), f"Autocast{_device_type.upper()}")

@@ -1,0 +1,59 @@
+"""The kernel backends, and the choice between them.
+
+To add one, write its file and put it in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from varlen_inductor.ops.backends import cpu, math
+from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.problem import Problem
+
+BACKENDS: tuple[Backend, ...] = (
+    cpu.BACKEND,
+    math.BACKEND,  # runs everything everywhere, slowly: it comes last
+)
+"""Every backend, the preferred first."""
+
+
+class Choice(NamedTuple):
+    """The backend that runs a problem, and why each of the others does not."""
+
+    backend: Backend
+    refused: dict[str, str]
+
+
+def backend_names() -> list[str]:
+    return [backend.name for backend in BACKENDS]
+
+
+@lru_cache(maxsize=1024)
+def choose(problem: Problem, kernels: str = "auto") -> Choice:
+    """The first backend that supports ``problem``.
+
+    ``kernels`` is the knob ``varlen_inductor.config.kernels``: ``"auto"``, or the name of the one to use.
+    Raises ``ValueError`` for a name that no backend has, ``RuntimeError`` if the one that was asked for cannot run the
+    problem.
+    """
+    if kernels != "auto" and kernels not in backend_names():
+        raise ValueError(f"config.kernels is {kernels!r}; it must be 'auto' or one of {', '.join(backend_names())}")
+    chosen: Backend | None = None
+    refused: dict[str, str] = {}
+    for backend in BACKENDS:
+        if kernels not in ("auto", backend.name):
+            refused[backend.name] = f"config.kernels asks for {kernels}"
+            continue
+        reason = backend.supports(problem)
+        if reason is not None:
+            refused[backend.name] = reason
+        elif chosen is None:
+            chosen = backend
+        else:
+            refused[backend.name] = f"{chosen.name} comes first"
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise RuntimeError(f"varlen_attn: no kernel can run this attention ({reasons})")
+    return Choice(chosen, refused)

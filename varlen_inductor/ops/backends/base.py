@@ -1,0 +1,38 @@
+"""The parts of a kernel backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from varlen_inductor.ops.problem import Layout, Problem, Rule
+
+Forward = Callable[[Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]]
+"""``(query, key, value, layout, rule) -> (out, lse, rng_state)``; what each must hold is said at the operator."""
+
+Backward = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]
+]
+"""``(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule) -> (grad_query, grad_key, grad_value)``.
+
+``out``, ``lse`` and ``rng_state`` are what the same backend's forward gave; ``grad_lse`` is ``None`` if lse was not used.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to run the attention.
+
+    Operands reach ``forward`` and ``backward`` checked, with at least one query token and one key token, and in any strides.
+    Results are contiguous.
+    """
+
+    name: str
+    supports: Callable[[Problem], str | None]
+    """``None`` if the backend can run the problem, forward and backward, else the reason why not, for the user."""
+    forward: Forward
+    backward: Backward
+    reads_lengths: bool = False
+    """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""

@@ -1,0 +1,81 @@
+"""The arguments of one varlen attention, sorted by what they are to a kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNBOUNDED = -1
+"""A window side without a limit."""
+
+
+class Layout(NamedTuple):
+    """Where the sequences lie in the rows of query, key and value: data, known to the device only."""
+
+    cu_seq_q: Tensor
+    cu_seq_k: Tensor
+    max_q: int
+    max_k: int
+    seqused_k: Tensor | None = None
+    position_q: Tensor | None = None
+    position_k: Tensor | None = None
+
+
+class Rule(NamedTuple):
+    """What is done to the scores: the scale, who sees whom, and how many weights are dropped."""
+
+    scale: float
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    dropout_p: float = 0.0
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a query may see fewer keys than its sequence has. Causality is a window too."""
+        return self.window_left != UNBOUNDED or self.window_right != UNBOUNDED
+
+
+class Problem(NamedTuple):
+    """What a backend must know to say whether it can run an attention. No token counts, so that a model has few problems."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    head_dim_v: int
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    dropout_p: float = 0.0
+    seqused_k: bool = False
+    positions: bool = False
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
+        """The problem that these operands (real or fake) pose."""
+        _, num_heads, head_dim = query.shape
+        return cls(
+            query.device,
+            query.dtype,
+            num_heads,
+            key.shape[1],
+            head_dim,
+            value.shape[2],
+            rule.window_left,
+            rule.window_right,
+            rule.dropout_p,
+            layout.seqused_k is not None,
+            layout.position_q is not None,
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees every key up to its own and none behind."""
+        return self.window_left == UNBOUNDED and self.window_right == 0
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse, and of what exact kernels accumulate in, for operands of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,138 @@
+"""Says what is wrong with an argument before any kernel sees it.
+
+Checks of shape, dtype and device cost a microsecond or two and always run. What can be known only by reading ``cu_seq_q`` and
+``cu_seq_k`` (a copy to the host, which waits for the device) is checked under ``varlen_inductor.config.debug``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varlen_inductor.ops.problem import Layout, Rule
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> None:
+    """Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or number."""
+    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k = layout
+    _, window_left, window_right, dropout_p = rule
+    _check_tokens(query, key, value)
+    device = query.device
+    _check_offsets("cu_seq_q", cu_seq_q, device)
+    if cu_seq_k is not cu_seq_q:
+        _check_offsets("cu_seq_k", cu_seq_k, device)
+        if _differ(cu_seq_k.shape[0], cu_seq_q.shape[0]):
+            raise ValueError(
+                f"cu_seq_k has {cu_seq_k.shape[0]} entries and cu_seq_q {cu_seq_q.shape[0]}; both need one more than there are "
+                f"sequences"
+            )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must lie between 0 and 1")
+    if window_left < -1 or window_right < -1:
+        raise ValueError(
+            f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit"
+        )
+    if seqused_k is not None:
+        _check_vector("seqused_k", seqused_k, cu_seq_q.shape[0] - 1, "sequence", (torch.int32,), device)
+    if (position_q is None) != (position_k is None):
+        given, missing = ("position_k", "position_q") if position_q is None else ("position_q", "position_k")
+        raise ValueError(f"{given} is given and {missing} is not; give both or neither")
+    if position_q is not None and position_k is not None:
+        integers = (torch.int32, torch.int64)
+        _check_vector("position_q", position_q, query.shape[0], "query token", integers, device)
+        _check_vector("position_k", position_k, key.shape[0], "key token", integers, device)
+
+
+def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name} has shape {_shape(x)}; it must be (tokens, heads, head_dim), the sequences one after the other"
+            )
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query is {query.dtype}; it must be one of {', '.join(map(str, DTYPES))}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} is {x.dtype} and query is {query.dtype}; cast them to one dtype")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} and query on {query.device}; move them to one device")
+    (_, heads, dim), (tokens_k, heads_k, dim_k) = query.shape, key.shape
+    if _differ(value.shape[0], tokens_k) or value.shape[1] != heads_k:
+        raise ValueError(
+            f"value has shape {_shape(value)}; it must have the {tokens_k} tokens and {heads_k} heads of key {_shape(key)}"
+        )
+    if dim_k != dim:
+        raise ValueError(f"key has head dim {dim_k} and query {dim}; they must be equal (only value's may differ)")
+    if heads_k == 0 or heads % heads_k != 0:
+        raise ValueError(f"query has {heads} heads and key {heads_k}; query's must be a multiple of key's")
+    if dim == 0 or value.shape[2] == 0:
+        raise ValueError(f"query has head dim {dim} and value {value.shape[2]}; both must be at least 1")
+
+
+def _check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{name} is {offsets.dtype}; it must be torch.int32 (use {name}.to(torch.int32))")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(
+            f"{name} has shape {_shape(offsets)}; it must be (sequences + 1,): 0, then the end of each sequence"
+        )
+    _check_device(name, offsets, device)
+
+
+def _check_vector(
+    name: str, x: Tensor, length: int, per: str, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} is {x.dtype}; it must be {' or '.join(map(str, dtypes))}")
+    if x.dim() != 1 or _differ(x.shape[0], length):
+        raise ValueError(f"{name} has shape {_shape(x)}; it must be ({length},), one entry per {per}")
+    _check_device(name, x, device)
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} and query on {device}; move it there (with no copy per call if it can be)")
+
+
+def check_lengths(layout: Layout, tokens_q: int, tokens_k: int) -> None:
+    """Raises ``ValueError`` if the offsets do not describe sequences within the tokens. Waits for the device."""
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, _, _ = layout
+    _check_sequences("cu_seq_q", cu_seq_q, tokens_q, "query", "max_q", max_q)
+    lengths = _check_sequences("cu_seq_k", cu_seq_k, tokens_k, "key", "max_k", max_k if seqused_k is None else tokens_k)
+    if seqused_k is None:
+        return
+    for i, (used, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
+        if not 0 <= used <= min(length, max_k):
+            raise ValueError(
+                f"seqused_k[{i}] is {used}; it must lie between 0 and the {length} keys of its sequence, and be at most "
+                f"max_k = {max_k}"
+            )
+
+
+def _check_sequences(name: str, offsets: Tensor, tokens: int, operand: str, bound_name: str, bound: int) -> list[int]:
+    ends: list[int] = offsets.tolist()
+    if ends[0] != 0:
+        raise ValueError(f"{name} begins with {ends[0]}; it must begin with 0")
+    lengths = [after - before for before, after in zip(ends[:-1], ends[1:], strict=True)]
+    for i, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"{name} falls from {ends[i]} to {ends[i + 1]} at entry {i + 1}; it must never fall")
+        if length > bound:
+            raise ValueError(f"{name} gives sequence {i} {length} tokens, more than {bound_name} = {bound}; raise {bound_name}")
+    if ends[-1] > tokens:
+        raise ValueError(f"{name} ends with {ends[-1]}, but {operand} has {tokens} tokens")
+    return lengths
+
+
+def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
+    """Whether two sizes differ. While a graph is traced and neither is known yet, it is noted that they must be equal."""
+    if isinstance(size, int) and isinstance(expected, int):
+        return size != expected
+    torch._check(size == expected)
+    return False
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
