@@ -41,11 +41,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Crossing:
-    """A pack or an unpack: the value of ``node`` that crossed the edge of a region, and the node that made it necessary."""
+    """A pack or an unpack: the value of ``node`` that crossed the edge of a region, the node that made it necessary, and what
+    was emitted for it."""
 
     kind: str
     node: fx.Node
     user: fx.Node
+    emitted: fx.Node
 
 
 @dataclass
@@ -70,15 +72,22 @@ class Builder:
         table: dimension typing of its nodes.
         regions: what to pack; a node is in at most one.
         emit_site: emits a canonical attention; returns the packed twin for one inside a region, else the padded value.
+        live: the nodes to emit.
     """
 
     def __init__(
-        self, source: fx.GraphModule, table: Mapping[fx.Node, Typing], regions: list[Region], emit_site: EmitSite
+        self,
+        source: fx.GraphModule,
+        table: Mapping[fx.Node, Typing],
+        regions: list[Region],
+        emit_site: EmitSite,
+        live: frozenset[fx.Node],
     ) -> None:
         self.source = source
         self.table = table
         self.regions = regions
         self.emit_site = emit_site
+        self.live = live
         self.graph = fx.Graph()
         self.own: set[fx.Node] = set()
         self.views = {region.domain: PackedView(self, region) for region in regions}
@@ -120,10 +129,14 @@ class Builder:
             if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], lambda x: self._output(x)))
                 break
-            self._emit(node)
-            self._make_ready_plans()
+            if node in self.live:
+                self._emit(node)
+                self._make_ready_plans()
         self.graph.eliminate_dead_code()
         self.graph.lint()
+        alive = set(self.graph.nodes)
+        for region in self.regions:
+            region.crossings = [c for c in region.crossings if c.emitted in alive]
         return fx.GraphModule(self.source, self.graph)
 
     def _make_ready_plans(self) -> None:
@@ -140,13 +153,8 @@ class Builder:
         if attention_of(node) is not None:
             self._padded[node] = self.emit_site(self, node)
             self._taint(node)
-        elif isinstance(node.meta.get("val"), (list, tuple)) and self._all_results_packed(node):
-            pass
         else:
             self._copy(node)
-
-    def _all_results_packed(self, node: fx.Node) -> bool:
-        return node in self.region_of
 
     def _emit_packed(self, node: fx.Node, region: Region) -> bool:
         view = self.views[region.domain]
@@ -181,14 +189,14 @@ class Builder:
         if node not in self._padded:
             region = self.region_of[node]
             fill = region.pad_values.value(node)
-            self._padded[node] = self.views[region.domain].unpacked(node, fill, repeat=fill is None, user=self._current)
+            self._padded[node] = self.views[region.domain].unpacked(node, fill, repeat=fill is None)
         return self._padded[node]
 
     def _output(self, node: fx.Node) -> fx.Node:
         region = self.region_of.get(node)
         if region is not None:
             fill = region.pad_values.value(node)
-            return self.views[region.domain].unpacked(node, fill or 0, repeat=False, user=self._current)
+            return self.views[region.domain].unpacked(node, fill or 0, repeat=False)
         if node in self.tainted and is_tensor(node):
             for view in self.views.values():
                 if view.layout(node) is not None and view.plan is not None:
@@ -324,15 +332,15 @@ class PackedView:
         if layout is None:
             raise NotPackable(f"{node.name} has no token rows")
         padded = self.builder.padded(node)
-        self._crossed("pack", node)
         with self.builder.after(padded, plan.index, plan.inverse):
             rows = self._to_rows(padded, layout)
-            return self.call(torch.ops.varlen_inductor.pack.default, rows, plan.index, plan.inverse)
+            return self._crossed("pack", node, self.call(torch.ops.varlen_inductor.pack.default, rows, plan.index, plan.inverse))
 
-    def _crossed(self, kind: str, node: fx.Node) -> None:
+    def _crossed(self, kind: str, node: fx.Node, emitted: fx.Node) -> fx.Node:
         user = self.builder._current
         assert user is not None
-        self.region.crossings.append(Crossing(kind, node, user))
+        self.region.crossings.append(Crossing(kind, node, user, emitted))
+        return emitted
 
     def _run_sizes(self, layout: Layout) -> list[Any]:
         return [self.size(size_of(atoms)) for _, atoms in layout.order]
@@ -370,16 +378,16 @@ class PackedView:
             value = self.call(aten.reshape.default, value, [self.size(n) for n in node.meta["val"].shape])
         return value
 
-    def unpacked(self, node: fx.Node, fill: Any, *, repeat: bool, user: fx.Node | None) -> fx.Node:
+    def unpacked(self, node: fx.Node, fill: Any, *, repeat: bool) -> fx.Node:
         """The padded form of a packed value, its padded rows filled with ``fill`` or with copies of a valid row."""
         key = (node, None if repeat else float(fill), repeat)
         if key not in self._unpacks:
             plan, twin = self.ready(), self.twins[node]
-            self._crossed("unpack", node)
             with self.builder.after(twin, plan.index, plan.inverse):
                 rows = self.call(
                     torch.ops.varlen_inductor.unpack.default, twin, plan.index, plan.inverse, 0.0 if repeat else float(fill), repeat
                 )
+                self._crossed("unpack", node, rows)
                 self._unpacks[key] = self.from_rows(rows, node)
         return self._unpacks[key]
 
@@ -442,10 +450,9 @@ class PackedView:
         """A value that varies with only the position (or the batch), for each packed row: (T, *others)."""
         index = self.position_index() if kind == "s" else self.batch_index()
         padded = self.builder.padded(x)
-        self._crossed("pack", x)
         with self.builder.after(padded, index):
             moved = padded if dim == 0 else self.call(aten.movedim.int, padded, dim, 0)
-            return self.call(aten.index_select.default, moved, 0, index)
+            return self._crossed("pack", x, self.call(aten.index_select.default, moved, 0, index))
 
     def _without_token_dims(self, value: fx.Node, x: fx.Node, has_rest: list[bool], offset: int) -> fx.Node:
         drop = [i for i in range(x.meta["val"].dim()) if i + offset >= 0 and not has_rest[i + offset]]

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from .dims import Dims, leaves
@@ -56,6 +57,23 @@ class Demand:
 
 
 NOTHING = Demand()
+
+
+def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that an output or an effect needs. (The originals of canonical attentions stay in the graph without being live.)"""
+    stack = [n for n in graph.nodes if n.op in ("output", "placeholder") or (n.is_impure() and not _is_random(n))]
+    live: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack += node.all_input_nodes
+    return frozenset(live)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """A random operator counts as impure for FX, because dropping it shifts the generator; that is no change anyone relies on."""
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
 
 # Operations that move tokens to other positions: what follows is no longer aligned with the mask.
 _MOVES_TOKENS = frozenset(
@@ -105,6 +123,7 @@ def analyse(
     *,
     partial_graph: bool,
     exact_outputs: bool,
+    live: frozenset[fx.Node],
     boundaries: frozenset[fx.Node] = frozenset(),
 ) -> Analysis:
     """The demand on each value of ``graph`` for ``domain``.
@@ -112,6 +131,7 @@ def analyse(
     Args:
         partial_graph: the graph is a piece of the user's program, so that its outputs may be used in any way (rule 10).
         exact_outputs: ``config.padded_rows == "keep"``.
+        live: the nodes that some output or effect needs (`live_nodes`); others demand nothing.
         boundaries: values whose storage is written somewhere (rule 6); their rows are demanded as a whole.
     """
     analysis = Analysis(domain)
@@ -125,7 +145,8 @@ def analyse(
         if node in boundaries and carries[node]:
             demand = Demand(node, "its storage is written in place")
         for user in node.users:
-            demand = demand | walk.through(user, node)
+            if user in live:
+                demand = demand | walk.through(user, node)
         analysis.demand[node] = demand
     return analysis
 
@@ -173,7 +194,7 @@ class _Walk:
             return self._attention(user, node)
         if not self.carries[node]:
             # Not a row per token: whatever reads it may read all of it.
-            return self._unless_dead(user)
+            return Demand(user, "does not keep one row per token")
         special = self._special(user, node)
         if special is not None:
             return special
@@ -183,10 +204,7 @@ class _Walk:
             return Demand(user, "mixes rows of different tokens")
         if _is_multi(user) or self.carries.get(user):
             return NOTHING if self.pad_values.known(user) else self.analysis.of(user)
-        return self._unless_dead(user)
-
-    def _unless_dead(self, user: fx.Node) -> Demand:
-        return Demand(user, "does not keep one row per token") if user.users or user.is_impure() else NOTHING
+        return Demand(user, "does not keep one row per token")
 
     def _output(self, user: fx.Node, node: fx.Node) -> Demand:
         if self.partial_graph:

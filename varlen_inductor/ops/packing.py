@@ -22,6 +22,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIB.define("pack(Tensor padded, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
 _LIB.define("unpack(Tensor packed, Tensor index, Tensor inverse, float fill=0.0, bool repeat=False) -> Tensor", tags=_TAGS)
 _LIB.define("unpack_adjoint(Tensor grad, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
+_LIB.define("row_offsets(Tensor like, SymInt batch, SymInt length, int empty) -> Tensor", tags=_TAGS)
 _LIB.define("plan_static(Tensor mask) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
@@ -79,7 +80,13 @@ def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index, inverse, cu_seqlens
 
 
-for _name, _function in (("pack", pack), ("unpack", _unpack_eager), ("unpack_adjoint", unpack_adjoint), ("plan_static", plan_static)):
+def row_offsets(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
+    """``cu_seqlens`` of ``batch`` sequences of ``length`` rows each, then ``empty`` empty ones: (batch + empty + 1,) int32."""
+    rows = torch.arange(batch + empty + 1, dtype=torch.int32, device=like.device)
+    return rows.clamp(max=batch).mul(length)
+
+
+for _name, _function in (("row_offsets", row_offsets), ("pack", pack), ("unpack", _unpack_eager), ("unpack_adjoint", unpack_adjoint), ("plan_static", plan_static)):
     _LIB.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -96,6 +103,11 @@ def _(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat:
 @torch.library.register_fake("varlen_inductor::unpack_adjoint")
 def _(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return grad.new_empty((index.shape[0], *grad.shape[1:]))
+
+
+@torch.library.register_fake("varlen_inductor::row_offsets")
+def _(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
+    return like.new_empty((batch + empty + 1,), dtype=torch.int32)
 
 
 @torch.library.register_fake("varlen_inductor::plan_static")
