@@ -98,6 +98,23 @@ def innermost_backend(backend: Any) -> Any:
         backend = inner
 
 
+def uncompiled(model: Any) -> Any:
+    """A module or function without ``torch.compile`` and DistributedDataParallel around it.
+
+    ``OptimizedModule`` keeps the module in ``_orig_mod``, a compiled function keeps the function in
+    ``_torchdynamo_orig_callable``. Running a DDP forward without its backward would upset the reducer. Read in 2.11, 2.13.
+    """
+    while True:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        elif getattr(model, "_torchdynamo_orig_callable", None) is not None:
+            model = model._torchdynamo_orig_callable
+        else:
+            return model
+
+
 def reset_cudagraph_trees() -> None:
     """Forget all recorded CUDA graphs, as Inductor's own ``reset`` does.
 
@@ -437,3 +454,18 @@ def below_autocast(device_type: str) -> Any:
     """
     key = torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}")
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def run_fake(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What an operator makes of fake values, in their own fake mode; sizes may be symbols. Read in 2.11, 2.13.
+
+    The Python dispatcher keeps operators that decompose in C++ from fixing symbolic sizes.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.utils._pytree import tree_leaves
+
+    modes = [value.fake_mode for value in tree_leaves((args, kwargs)) if is_fake(value)]
+    if not modes:
+        raise ValueError(f"{target} was given no fake tensor to say in which fake mode it runs")
+    with modes[0], enable_python_dispatcher(), torch.no_grad():
+        return target(*args, **kwargs)

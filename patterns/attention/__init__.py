@@ -13,7 +13,7 @@ from varlen_inductor import _compat
 
 from . import sdpa
 from .candidate import Candidate, NotAttention, Rejected
-from .walk import in_graph_order
+from ..nodes import in_graph_order
 
 __all__ = ["Candidate", "Rejected", "find_candidates"]
 

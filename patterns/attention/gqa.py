@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from .walk import arguments, aten, calls, same_size, shape
+from ..nodes import arguments, aten, calls, same_size, shape
 
 _COPIES = (aten.contiguous, aten.clone)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import as_size
-from .walk import arguments, aten, calls, same_size, shape, tensor
+from ..nodes import arguments, aten, calls, same_size, shape, tensor
 
 _VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 _SAME_LAYOUT = (

@@ -15,7 +15,7 @@ from ..masks import MaskOp, ScoreLayout
 from . import gqa
 from .candidate import Candidate, NotAttention
 from .heads import folded_sizes
-from .walk import aten, arguments, same_size, shape, tensor
+from ..nodes import aten, arguments, same_size, shape, tensor
 
 ANCHORS = (aten.scaled_dot_product_attention.default,)
 

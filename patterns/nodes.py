@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..dims import as_size
+from .dims import as_size
 
 aten = torch.ops.aten
 
