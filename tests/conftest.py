@@ -1,0 +1,45 @@
+"""What all tests share: a clean Dynamo, a fixed seed, and the backend by name even where the package is not installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # Each worker would start as many threads as there are cores, and they would wait for one another.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def backend_by_name() -> None:
+    """In a checkout that is not installed there is no entry point; everything else works, so the tests should too."""
+    from torch._dynamo import list_backends, register_backend
+
+    if "varlen_inductor" not in list_backends():
+        from varlen_inductor.backend import varlen_inductor
+
+        register_backend(varlen_inductor, name="varlen_inductor")
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    """No test sees what another has compiled or counted."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What lives under tests/gpu, or is marked so, needs a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords or "gpu" in item.path.parts:
+            item.add_marker(skip)
