@@ -153,8 +153,25 @@ class Builder:
         if attention_of(node) is not None:
             self._padded[node] = self.emit_site(self, node)
             self._taint(node)
+        elif op_name(node) == "cross_entropy_loss" and self.region_of.get(node.args[0]) is not None:
+            self._padded[node] = self._loss(node, self.views[self.region_of[node.args[0]].domain])
         else:
             self._copy(node)
+
+    def _loss(self, node: fx.Node, view: PackedView) -> fx.Node:
+        """Cross entropy over packed rows; dead rows are ignored by their label.
+
+        Sound where the analysis found (and the plan checks) that all padded rows are ignored, so that a mean has the same
+        denominator.
+        """
+        names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+        given: dict[str, Any] = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
+        given.update(zip(names, node.args), **node.kwargs)
+        target = view.packed(given["target"])
+        alive = view.helper("alive", view.alive)
+        labels = self.call(aten.where.ScalarOther, alive, target, given["ignore_index"])
+        rest = [self.padded(x) if isinstance(x, fx.Node) else x for x in (given[n] for n in names[2:])]
+        return self.call(aten.cross_entropy_loss.default, view.packed(given["self"]), labels, *rest)
 
     def _emit_packed(self, node: fx.Node, region: Region) -> bool:
         view = self.views[region.domain]
@@ -318,6 +335,13 @@ class PackedView:
         """The batch row of each packed row, (T,) int64."""
         length = self.size(self.domain.length)
         return self.helper("batch", lambda: self.call(aten.div.Tensor_mode, self.ready().index, length, rounding_mode="floor"))
+
+    def alive(self) -> fx.Node:
+        """Which packed rows are tokens and not dead, (T,) bool."""
+        plan = self.ready()
+        row = self.call(aten.index.Tensor, plan.inverse, [plan.index])
+        number = self.call(aten.cumsum.default, self.call(aten.ones_like.default, plan.index), 0)
+        return self.call(aten.eq.Tensor, row, self.call(aten.sub.Tensor, number, 1))
 
     def packed(self, node: fx.Node) -> fx.Node:
         """The packed form of a value with token rows."""

@@ -61,14 +61,20 @@ NOTHING = Demand()
 
 def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes that an output or an effect needs. (The originals of canonical attentions stay in the graph without being live.)"""
-    stack = [n for n in graph.nodes if n.op in ("output", "placeholder") or (n.is_impure() and not _is_random(n))]
-    live: set[fx.Node] = set()
+    roots = (n for n in graph.nodes if n.op in ("output", "placeholder") or (n.is_impure() and not _is_random(n)))
+    return ancestors_of(*roots)
+
+
+def ancestors_of(*nodes: fx.Node) -> frozenset[fx.Node]:
+    """The nodes and all that they are computed from."""
+    stack = list(nodes)
+    found: set[fx.Node] = set()
     while stack:
         node = stack.pop()
-        if node not in live:
-            live.add(node)
+        if node not in found:
+            found.add(node)
             stack += node.all_input_nodes
-    return frozenset(live)
+    return frozenset(found)
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -270,7 +276,8 @@ class _Walk:
         layout = layout_of(self.table[target].dims, self.domain) if is_tensor(target) else None
         if layout is None or target.meta["val"].is_floating_point():
             return None
-        if len(self.table[node].dims) != 2 or a["reduction"] == 0:
+        in_order = [kind for kind, _ in layout.order] == (["b", "s"] if self.domain.batch else ["s"])
+        if len(self.table[node].dims) != 2 or not in_order or a["reduction"] == 0:
             return None
         return Demand(reads=frozenset({Read("loss", user)}))
 
@@ -283,7 +290,8 @@ class _Walk:
         if not self.domain.batch or leaves(dims[0]) != self.domain.batch or leaves(dims[1]) != self.domain.position:
             return None
         rows, positions = indices
-        is_arange = isinstance(rows, fx.Node) and op_name(rows) == "arange" and not rows.kwargs.get("step")
-        if not is_arange or positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point():
+        if not isinstance(rows, fx.Node) or rows.target is not torch.ops.aten.arange.default:
+            return None
+        if positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point():
             return None
         return Demand(reads=frozenset({Read("index", user)}))

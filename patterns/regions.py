@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import fx
 
 from .builder import Region
 from .demand import NOTHING, Analysis, Demand, analyse, mixes_tokens
-from .dims import Atom, as_size, leaves, size_of
+from .dims import Atom, Dims, as_size, leaves, size_of
 from .domain import Domain, layout_of
 from .oprules import Typing, is_tensor
 from .padvalue import MaskValue, PadValues
@@ -87,7 +88,7 @@ def _find_domains(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozen
         predicate = attention.proof.key
         assert predicate is not None
         key, value = node.args[1], node.args[2]
-        batch, position = _token_atoms(table[key].dims, key)
+        batch, position = _token_atoms(table[key].dims, attention.batch)
         identity = (tuple(map(id, batch)), tuple(map(id, position)), predicate)
         domain = found.get(identity) or Domain(len(found), batch, position, predicate)
         reason = _unfit(domain, table, key, value)
@@ -101,17 +102,15 @@ def _find_domains(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozen
         domain.shared = any(other is not domain and set(other.position) & set(domain.position) for other in found.values())
 
 
-def _token_atoms(dims: tuple[tuple[Atom, ...], ...], key: fx.Node) -> tuple[list[Atom], list[Atom]]:
+def _token_atoms(dims: Dims, batch_size: int | torch.SymInt) -> tuple[list[Atom], list[Atom]]:
     """The atoms of batch and position of a key (B, H, S, D) or (B * H, S, D)."""
     first = leaves(dims[0])
-    if len(dims) == 3:
-        batch_size = key.meta.get("varlen_batch", None)
-        if batch_size is not None:
-            batch: list[Atom] = []
-            while first and size_of(batch) != as_size(batch_size):
-                batch.append(first.pop(0))
-            return batch, leaves(dims[1])
-    return first, leaves(dims[-2])
+    if len(dims) == 4:
+        return first, leaves(dims[2])
+    batch: list[Atom] = []
+    while first and size_of(batch) != as_size(batch_size):
+        batch.append(first.pop(0))
+    return batch, leaves(dims[1])
 
 
 def _unfit(domain: Domain, table: Mapping[fx.Node, Typing], key: fx.Node, value: fx.Node) -> str | None:

@@ -23,14 +23,14 @@ META_KEY = "varlen_attention"
 class Attention:
     """What an `attention_site` node computes, beyond its query, key and value arguments.
 
-    ``scale`` None means ``1/sqrt(head_dim)``; ``kv_groups`` query heads share one key/value head; ``padded_output`` is the node
-    of the original attention, whose ancestors stay in the graph until it is known whether the original is needed.
+    ``scale`` None means ``1/sqrt(head_dim)``. ``batch`` is the batch size, needed where batch and head are one dimension.
+    ``original`` is the node that was replaced; it stays in the graph without being used, in case the site is given up.
     """
 
     proof: MaskProof
     scale: float | None
     dropout_p: float
-    kv_groups: int
+    batch: int | torch.SymInt
     original: fx.Node
 
 
@@ -42,3 +42,22 @@ def attention_site(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 def attention_of(node: fx.Node) -> Attention | None:
     """The attention that ``node`` stands for, or None if it is no canonical attention."""
     return node.meta.get(META_KEY) if node.target is attention_site else None
+
+
+def insert_site(graph: fx.Graph, candidate: Candidate, proof: MaskProof) -> fx.Node:
+    """Put a canonical attention in the place of a candidate's output."""
+    original = candidate.output
+    with graph.inserting_before(original.next):
+        site = graph.call_function(attention_site, (candidate.query, candidate.key, candidate.value))
+    site.meta = dict(original.meta)
+    original.replace_all_uses_with(site)
+    site.meta[META_KEY] = Attention(proof, candidate.scale, candidate.dropout_p, candidate.layout.sizes["b"], original)
+    return site
+
+
+def remove_site(site: fx.Node) -> None:
+    """Give a site up: the original attention takes its place again."""
+    attention = attention_of(site)
+    assert attention is not None
+    site.replace_all_uses_with(attention.original)
+    site.graph.erase_node(site)

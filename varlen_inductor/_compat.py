@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -208,10 +209,13 @@ def counters() -> Counter[str]:
 
 
 def structured_trace_wanted() -> bool:
-    """Whether anyone reads structured traces (``TORCH_TRACE``, ``TORCH_COMPILE_DEBUG``). Read in 2.11, 2.13."""
-    from torch._logging._internal import trace_log
+    """Whether anyone reads structured traces (``TORCH_TRACE``, ``TORCH_COMPILE_DEBUG``).
 
-    return bool(trace_log.handlers)
+    There is always a handler; without a folder to write to it removes itself when it is first used. Read in 2.11, 2.13.
+    """
+    from torch._logging._internal import LazyTraceHandler, trace_log
+
+    return any(isinstance(handler, LazyTraceHandler) and handler.root_dir for handler in trace_log.handlers)
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
@@ -469,3 +473,39 @@ def run_fake(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         raise ValueError(f"{target} was given no fake tensor to say in which fake mode it runs")
     with modes[0], enable_python_dispatcher(), torch.no_grad():
         return target(*args, **kwargs)
+
+
+# --- the way of a graph (driver.py, runtime.py) ------------------------------------------------------------------------
+
+
+def is_partial_graph(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo broke the user's function in this graph's end, so that its outputs feed code that we do not see.
+
+    Dynamo leaves ``compile_subgraph_reason`` on the module; a graph that ends with the function's return has a reason whose
+    ``graph_break`` is false. A module without one did not come from Dynamo. Read in 2.11, 2.13.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
+
+
+@contextmanager
+def plain_dispatch() -> Iterator[None]:
+    """No gradients and no autocast: for index arithmetic between graphs. Public names only, kept here for symmetry."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> None:
+    """Add decompositions to Inductor's table, before or after its first compile.
+
+    ``fast_random_decomps`` and, where it exists, ``select_decomp_table`` keep a copy of the table that is made once, so
+    their caches are dropped. Read in 2.11, 2.13.
+    """
+    from torch._inductor import decomposition
+
+    for op, function in table.items():
+        if op not in decomposition.decompositions:
+            decomposition.register_decomposition([op])(function)
+    for cached in (decomposition.fast_random_decomps, decomposition.select_decomp_table):
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()

@@ -13,8 +13,12 @@ that go on to be computed upon: zeros could meet a division by their norm, whose
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+RowsOf = Callable[[Tensor, Tensor], Tensor]
 
 _LIB = torch.library.Library("varlen_inductor", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -30,24 +34,33 @@ def _column(flags: Tensor, like: Tensor) -> Tensor:
     return flags.view(-1, *([1] * (like.dim() - 1)))
 
 
+def _rows_at(source: Tensor, index: Tensor) -> Tensor:
+    return torch.ops.aten.index.Tensor(source, [index])
+
+
 def pack(padded: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Rows of ``padded`` (N, ...) at ``index`` (T,): (T, ...). Its gradient goes to the valid rows; dead rows have none."""
-    return torch.ops.aten.index.Tensor(padded, [index])
+    return _rows_at(padded, index)
 
 
-def unpack(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False) -> Tensor:
-    """Rows of ``packed`` (T, ...) at their positions: (N, ...), padded positions filled with ``fill`` or a valid row's copy."""
+def unpack(
+    packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False, *, rows_of: RowsOf = _rows_at
+) -> Tensor:
+    """Rows of ``packed`` (T, ...) at their positions: (N, ...), padded positions filled with ``fill`` or a valid row's copy.
+
+    ``rows_of`` gathers rows by index (the lowering has one of its own).
+    """
     valid = inverse >= 0
-    rows = torch.ops.aten.index.Tensor(packed, [torch.where(valid, inverse, -1 - inverse)])
+    rows = rows_of(packed, torch.where(valid, inverse, -1 - inverse))
     return rows if repeat else torch.where(_column(valid, packed), rows, torch.full((), fill, dtype=packed.dtype, device=packed.device))
 
 
-def unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor, *, rows_of: RowsOf = _rows_at) -> Tensor:
     """The gradient of `unpack`: (N, ...) to (T, ...). Dead rows get zero, and what arrives at padded positions is dropped."""
     row = torch.arange(index.shape[0], device=index.device)
-    alive = torch.ops.aten.index.Tensor(inverse, [index]) == row
+    alive = rows_of(inverse, index) == row
     zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
-    return torch.where(_column(alive, grad), torch.ops.aten.index.Tensor(grad, [index]), zero)
+    return torch.where(_column(alive, grad), rows_of(grad, index), zero)
 
 
 def _unpack_eager(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat: bool = False) -> Tensor:
@@ -77,6 +90,29 @@ def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.where(flat, rank - 1, -1)
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
+    return index, inverse, cu_seqlens
+
+
+def plan_packed(mask: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A plan with ``rows`` packed rows, more than there are valid positions; the rest are dead rows, a sequence of their own.
+
+    A function and not an operator: it runs between graphs, where the number of valid positions is known.
+
+    Args:
+        mask: (B, S) bool, True at valid positions, of which there is at least one and at most ``rows - 1``.
+        rows: the number of packed rows, T.
+
+    Returns:
+        ``index`` (T,), ``inverse`` (B*S,), ``cu_seqlens`` (B+2,) int32, which ends at T.
+    """
+    flat = mask.reshape(-1)
+    rank = flat.cumsum(0)
+    index = torch.nonzero_static(flat, size=rows, fill_value=-1).view(-1)
+    index = torch.where(index < 0, index[:1], index)
+    inverse = torch.where(flat, rank - 1, -1)
+    cu_seqlens = torch.full((mask.shape[0] + 2,), rows, dtype=torch.int32, device=mask.device)
+    cu_seqlens[0] = 0
+    cu_seqlens[1:-1] = rank.view(mask.shape)[:, -1]
     return index, inverse, cu_seqlens
 
 

@@ -1,0 +1,348 @@
+"""The way of a graph: normalise → attention → masks → regions → plan and body, or one graph rewritten in place.
+
+The passes themselves live in `varlen_inductor.patterns`; this module calls them in order, keeps the report, and decides which
+of three programs a graph becomes:
+
+* *packed*: a plan graph, then a body that runs on valid tokens only (`varlen_inductor.runtime`);
+* *attention only*: one graph of the same size, whose attentions are varlen calls;
+* as it was, when nothing could be proven.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from varlen_inductor import _compat, config, report, runtime
+from varlen_inductor.patterns import builder as packing
+from varlen_inductor.patterns import demand, facts, oprules, regions
+from varlen_inductor.patterns.attention import find_candidates
+from varlen_inductor.patterns.builder import Builder, Plan
+from varlen_inductor.patterns.domain import Domain
+from varlen_inductor.patterns.emit_attention import AttentionEmitter, SiteRefused
+from varlen_inductor.patterns.functionalise import functionalise, written_storages
+from varlen_inductor.patterns.masks import NotProven, prove
+from varlen_inductor.patterns.normalise import NotNormalisable, normalise, replace_body
+from varlen_inductor.patterns.site import attention_of, insert_site, remove_site
+from varlen_inductor.patterns.twins import NotPackable
+
+if TYPE_CHECKING:
+    from varlen_inductor.backend import InnerCompiler, Route
+
+log = logging.getLogger(__name__)
+
+_ATTENTION_HINTS = ("scaled_dot_product", "softmax", "multi_head_attention", "transformer_encoder_layer")
+
+
+@dataclass
+class Rewrite:
+    """What the passes made of a graph. ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten."""
+
+    report: report.Report
+    gm: fx.GraphModule | None = None
+    plan: fx.GraphModule | None = None
+    domains: int = 0
+
+
+@dataclass
+class Sites:
+    """The proven attentions of one graph, with the line of the report that tells of each."""
+
+    gm: fx.GraphModule
+    lines: dict[fx.Node, report.Site] = field(default_factory=dict)
+    boundaries: frozenset[fx.Node] = frozenset()
+
+    def give_up(self, site: fx.Node, reason: str) -> None:
+        line = self.lines.pop(site)
+        line.decision, line.form, line.kernel, line.reason = "kept", "", "", reason
+        remove_site(site)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inner: InnerCompiler, route: Route) -> Callable[..., Any]:
+    """Compile a Dynamo graph through the passes.
+
+    Args:
+        gm: Dynamo's graph; it is not changed.
+        example_inputs: what Dynamo gave the backend.
+        inner: the compiler for what the passes made.
+        route: how we were called (for the report).
+    """
+    if not _may_have_attention(gm):
+        report.publish(report.Report())
+        return inner.compile(gm, example_inputs)
+    rewrite = rewrite_graph(gm, mode=config.packing)
+    report.publish(rewrite.report)
+    if rewrite.gm is None:
+        return inner.compile(gm, example_inputs)
+    if rewrite.plan is None:
+        return inner.compile(rewrite.gm, example_inputs)
+    symbolic = any(isinstance(x, torch.SymInt) for x in example_inputs)
+    return runtime.PackedProgram(
+        plan=rewrite.plan, body=rewrite.gm, padded=gm, domains=rewrite.domains, inner=inner, dynamic=True if symbolic else None
+    )
+
+
+def rewrite_in_place(gm: fx.GraphModule) -> report.Report:
+    """The pass form: attention only, in the module that Inductor goes on with."""
+    rewrite = rewrite_graph(gm, mode="off" if config.packing == "off" else "attention")
+    if rewrite.gm is not None:
+        replace_body(gm, rewrite.gm)
+    return rewrite.report
+
+
+def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
+    """Run the passes over a copy of ``gm``.
+
+    Args:
+        mode: ``"model"``, ``"attention"`` or ``"off"`` (only look).
+    """
+    made = report.Report()
+    made.see_before(gm)
+    try:
+        sites = _find_sites(gm, made)
+    except NotNormalisable as refusal:
+        made.notes.append(f"left as it is: {refusal.reason}")
+        return Rewrite(made)
+    if mode == "off":
+        for line in sites.lines.values():
+            line.reason = 'config.packing is "off"'
+        return Rewrite(made)
+    partial = _compat.is_partial_graph(gm)
+    attempts: list[regions.Mode] = ["model", "attention"] if mode == "model" else ["attention"]
+    for attempt in attempts:
+        rewrite = _rewrite_until_settled(sites, made, attempt, partial)
+        if rewrite is not None:
+            made.see_after(rewrite.gm)  # type: ignore[arg-type]
+            return rewrite
+    return Rewrite(made)
+
+
+def _may_have_attention(gm: fx.GraphModule) -> bool:
+    for node in gm.graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if any(hint in name for hint in _ATTENTION_HINTS):
+            return True
+    return False
+
+
+# --- attention and masks -----------------------------------------------------------------------------------------------------
+
+
+def _find_sites(gm: fx.GraphModule, made: report.Report) -> Sites:
+    normal = normalise(gm)
+    functionalise(normal)
+    opaque = written_storages(normal.graph)
+    candidates, rejected = find_candidates(normal)
+    sites = Sites(normal, boundaries=opaque)
+    for rejection in rejected:
+        made.sites.append(report.Site(report.source_of(rejection.node), "attention", reason=rejection.reason))
+    for candidate in candidates:
+        kind = "scaled_dot_product_attention" if candidate.spelling == "sdpa" else "matmul, softmax, matmul"
+        line = report.Site(report.source_of(candidate.output), kind)
+        made.sites.append(line)
+        try:
+            proof = prove(
+                candidate.mask_ops,
+                candidate.layout,
+                candidate.score_dtype,
+                is_causal=candidate.is_causal,
+                spelling=candidate.spelling,  # type: ignore[arg-type]
+                opaque=opaque,
+            )
+        except NotProven as refusal:
+            line.mask, line.reason = "not proven", str(refusal)
+            continue
+        line.mask = proof.description
+        reason = _no_use(proof, candidate, opaque)
+        if reason is not None:
+            line.reason = reason
+            continue
+        if proof.assumption is not None and proof.assumption not in made.notes:
+            made.notes.append(proof.assumption)
+        sites.lines[insert_site(normal.graph, candidate, proof)] = line
+    return sites
+
+
+def _no_use(proof: Any, candidate: Any, opaque: frozenset[fx.Node]) -> str | None:
+    if proof.key is None:
+        return "its mask hides no padding"
+    if proof.document is not None:
+        return "it masks documents within a row, which is not supported yet"
+    if any(x in opaque for x in (candidate.query, candidate.key, candidate.value)):
+        return "its query, key or value is written in place"
+    return None
+
+
+# --- regions and emission ------------------------------------------------------------------------------------------------------
+
+
+def _rewrite_until_settled(sites: Sites, made: report.Report, mode: regions.Mode, partial: bool) -> Rewrite | None:
+    """Rewrite; whenever one attention turns out to be impossible, give it up and start over."""
+    while sites.lines:
+        try:
+            return _rewrite_once(sites, made, mode, partial)
+        except SiteRefused as refusal:
+            sites.give_up(refusal.site, refusal.reason)
+        except facts.FactNotCheckable as refusal:
+            log.debug("no packed form: %s", refusal.reason)
+            made.notes.append(f"the model is not packed as a whole: {refusal.reason}")
+            return None
+    return None
+
+
+def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial: bool) -> Rewrite | None:
+    graph = sites.gm.graph
+    table = oprules.infer(graph)
+    live = demand.live_nodes(graph)
+    choice = regions.choose(
+        graph,
+        table,
+        live,
+        mode=mode,
+        partial_graph=partial,
+        exact_outputs=config.padded_rows == "keep",
+        boundaries=sites.boundaries,
+    )
+    for site, reason in choice.refused.items():
+        raise SiteRefused(site, reason)
+    if mode == "model" and not _worth_packing(choice):
+        return None
+    relied_on = facts.facts_of(choice, table) if mode == "model" else []
+    if mode == "attention":
+        _refuse_what_needs_facts(choice)
+    emitter = AttentionEmitter(
+        domain_of=choice.domains.__getitem__,
+        ranks_suffice=lambda domain: mode == "model" or domain.predicate.is_prefix,
+        longest_dead=2 * config.round_tokens if mode == "model" else 0,
+        kernel=lambda site, positions: _kernel(site, positions, sites, choice),
+    )
+    build = Builder(sites.gm, table, choice.regions, emitter, live)
+    build.placeholders()
+    domains = [region.domain for region in choice.regions]
+    plan = None
+    if mode == "model":
+        plan = facts.plan_graph(sites.gm, domains, relied_on)
+        for region in choice.regions:
+            name = f"tokens_{region.domain.index}"
+            inputs = (build.add_input(f"{name}_{part}") for part in ("index", "inverse", "cu_seqlens"))
+            build.views[region.domain].plan = Plan(*inputs, dead_sequence=True)
+    else:
+        _plans_in_graph(build, sites.gm.graph, domains)
+    body = build.build()
+    _fill_report(made, sites, choice, relied_on, mode)
+    return Rewrite(made, body, plan, len(domains))
+
+
+def _worth_packing(choice: regions.Choice) -> bool:
+    """Whether some region holds more than its attentions."""
+    return any(attention_of(node) is None and oprules.op_name(node) in _HEAVY for region in choice.regions for node in region.nodes)
+
+
+_HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
+
+
+def _refuse_what_needs_facts(choice: regions.Choice) -> None:
+    """In one graph without a plan nothing can be checked: an attention that would need it stays as it is."""
+    for site in choice.domains:
+        needed = facts.facts_of_site(choice, site)
+        if needed:
+            raise SiteRefused(site, f"without a look at the data it is not known that {needed[0].text}")
+
+
+def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain]) -> None:
+    for domain in domains:
+        leaves = domain.predicate.leaves()
+        last = max(leaves)
+        behind = last.next
+        while behind.op == "placeholder":
+            behind = behind.next
+        with graph.inserting_before(behind):
+            mask = facts.emit_mask(graph, domain)
+        build.live |= demand.ancestors_of(mask)
+
+        def make(build: Builder, mask: fx.Node = mask) -> Plan:
+            made = build.call(torch.ops.varlen_inductor.plan_static.default, build.padded(mask))
+            index, inverse, cu_seqlens = (build.call(operator.getitem, made, i) for i in range(3))
+            return Plan(index, inverse, cu_seqlens, dead_sequence=False)
+
+        build.plan_in_graph(domain, make, {mask})
+
+
+def _kernel(site: fx.Node, positions: bool, sites: Sites, choice: regions.Choice) -> str:
+    from varlen_inductor.ops.backends import choose as choose_kernel
+    from varlen_inductor.ops.problem import Problem
+
+    attention = attention_of(site)
+    assert attention is not None
+    query, key, value = (x.meta["val"] for x in site.args[:3])  # type: ignore[union-attr]
+    heads = query.shape[1] if query.dim() == 4 else query.shape[0] // attention.batch
+    heads_k = key.shape[1] if key.dim() == 4 else key.shape[0] // attention.batch
+    problem = Problem(
+        device=query.device,
+        dtype=query.dtype,
+        num_heads=int(heads),
+        num_heads_k=int(heads_k),
+        head_dim=int(query.shape[-1]),
+        head_dim_v=int(value.shape[-1]),
+        window_left=attention.proof.window_left,
+        window_right=attention.proof.window_right,
+        dropout_p=attention.dropout_p,
+        positions=positions,
+    )
+    chosen = choose_kernel(problem, config.kernels)
+    if chosen.backend.name == "math" and query.device.type != "cpu":
+        raise SiteRefused(site, "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items()))
+    sites.lines[site].kernel = chosen.backend.name
+    return chosen.backend.name
+
+
+# --- the report ------------------------------------------------------------------------------------------------------------------
+
+
+def _fill_report(
+    made: report.Report, sites: Sites, choice: regions.Choice, relied_on: list[facts.Fact], mode: regions.Mode
+) -> None:
+    for site, line in sites.lines.items():
+        line.decision = "rewritten"
+        inside = any(site in region.nodes for region in choice.regions)
+        leak = choice.analyses[choice.domains[site]].of(site)
+        if inside:
+            line.form, line.reason = ("packed" if mode == "model" else "zero rows"), ""
+        else:
+            line.form = "exact"
+            line.reason = _leak_text(leak)
+    for region in choice.regions:
+        shown = report.Region(region.domain.predicate.text, nodes_packed=len(region.nodes))
+        for crossing in region.crossings:
+            shown.edges.append(_edge(crossing, choice, region))
+        made.regions.append(shown)
+    made.notes.extend(f"checked at run time: {fact.text}; if not, the padded graph runs" for fact in relied_on)
+
+
+def _leak_text(leak: demand.Demand) -> str:
+    if leak.leak is not None:
+        return f"its padded rows are needed: {packing.twin_kind(leak.leak)} ({report.source_of(leak.leak)}) {leak.why}"
+    if leak.reads:
+        return "some of its padded rows may be read: " + ", ".join(sorted(report.source_of(r.node) for r in leak.reads))
+    return ""
+
+
+def _edge(crossing: packing.Crossing, choice: regions.Choice, region: packing.Region) -> report.Edge:
+    kind = packing.twin_kind(crossing.user)
+    if crossing.user.op == "output":
+        why = "an output of the graph"
+    elif crossing.kind == "pack":
+        why = f"first used packed by {kind}"
+    else:
+        reason = region.refused.get(crossing.user) or choice.analyses[region.domain].of(crossing.node).why
+        why = f"{kind} runs on padded rows" + (f": {reason}" if reason else "")
+    return report.Edge(crossing.kind, crossing.node.name, why, report.source_of(crossing.user))  # type: ignore[arg-type]
+
+
+__all__ = ["NotPackable", "Rewrite", "compile_graph", "rewrite_graph", "rewrite_in_place"]
