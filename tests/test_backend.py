@@ -178,9 +178,12 @@ def test_nested_compiles_every_graph() -> None:
     with stub_driver(nested_backend(calls)):
         for width in range(2, 14):
             linear, x = nn.Linear(width, width), torch.randn(3, width)
-            ns: dict[str, Any] = {"linear": linear}
-            exec("def outer(x): return linear(x).relu()", ns)
-            torch.testing.assert_close(torch.compile(ns["outer"], backend="varlen_inductor", options=AOT)(x), linear(x).relu())
+
+            def outer(x: torch.Tensor, linear: nn.Linear = linear) -> torch.Tensor:
+                return linear(x).relu()
+
+            compiled = torch.compile(backend.with_own_code(outer), backend="varlen_inductor", options=AOT)
+            torch.testing.assert_close(compiled(x), outer(x))
     assert len(calls) == 12
     assert compiled_graphs() == 12
 

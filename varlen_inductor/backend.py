@@ -33,8 +33,6 @@ class InnerCompiler:
             inputs: without that Inductor would not know which of them are parameters.
     """
 
-    _numbers = itertools.count()
-
     def __init__(
         self,
         options: Mapping[str, Any],
@@ -88,7 +86,7 @@ class InnerCompiler:
                 _compat.materialise(cell.cell_contents)
         kwargs: dict[str, Any] = {"options": self.options} if self.backend == "inductor" and self.options else {}
         return torch.compile(  # type: ignore[no-any-return]
-            _with_own_code(fn, next(self._numbers)),
+            with_own_code(fn),
             fullgraph=True,
             dynamic=self.dynamic if dynamic is None else dynamic,
             backend=self.backend,
@@ -96,8 +94,12 @@ class InnerCompiler:
         )
 
 
-def _with_own_code(fn: types.FunctionType, number: int) -> types.FunctionType:
-    name = f"{fn.__name__}_{number}"
+_numbers = itertools.count()
+
+
+def with_own_code(fn: types.FunctionType) -> types.FunctionType:
+    """The same function with a code object of its own: Dynamo keeps what it compiled, and counts it, by code object."""
+    name = f"{fn.__name__}_{next(_numbers)}"
     own = types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
     return own
