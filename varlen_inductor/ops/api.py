@@ -1,4 +1,4 @@
-"""``varlen_attn``: attention over packed sequences, with the arguments of ``torch.nn.attention.varlen.varlen_attn`` and more."""
+"""``varlen_attn``: attention over packed sequences; takes what ``torch.nn.attention.varlen.varlen_attn`` takes, and more."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def _gather_pages(
         raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)"
+            )
     sequences = cu_seq_q.shape[0] - 1
     if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != sequences:
         raise ValueError(

@@ -13,7 +13,8 @@ Schema of ``varlen_attn``::
                          i + lk - lq - left <= j <= i + lk - lq + right; -1 is no limit; (-1, 0) is causal
     dropout_p            probability with which an attention weight is dropped
     seqused_k            (N,) int32: sequence i has only this many keys, the first of its rows
-    position_q/k         (T_q,), (T_k,) int: with both, the rule is position_q[i] - left <= position_k[j] <= position_q[i] + right
+    position_q/k         (T_q,), (T_k,) int: with both, query i sees the keys j with
+                         position_q[i] - left <= position_k[j] <= position_q[i] + right
     kernels              as ``varlen_inductor.config.kernels``, which is meant by None
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), natural logarithm, float64 for float64 operands and float32 else;
@@ -51,8 +52,8 @@ LIBRARY.define(
     tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
-    f"varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, {_OPERANDS}, {_OPTIONS})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
+    f"{_OPERANDS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     tags=_TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default

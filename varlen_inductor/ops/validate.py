@@ -6,6 +6,8 @@ Checks of shape, dtype and device cost a microsecond or two and always run. What
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -75,15 +77,11 @@ def _check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
     if offsets.dtype != torch.int32:
         raise TypeError(f"{name} is {offsets.dtype}; it must be torch.int32 (use {name}.to(torch.int32))")
     if offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(
-            f"{name} has shape {_shape(offsets)}; it must be (sequences + 1,): 0, then the end of each sequence"
-        )
+        raise ValueError(f"{name} has shape {_shape(offsets)}; it must be (sequences + 1,): 0, then the end of each sequence")
     _check_device(name, offsets, device)
 
 
-def _check_vector(
-    name: str, x: Tensor, length: int, per: str, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
+def _check_vector(name: str, x: Tensor, length: int, per: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if x.dtype not in dtypes:
         raise TypeError(f"{name} is {x.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if x.dim() != 1 or _differ(x.shape[0], length):
@@ -115,7 +113,7 @@ def _check_sequences(name: str, offsets: Tensor, tokens: int, operand: str, boun
     ends: list[int] = offsets.tolist()
     if ends[0] != 0:
         raise ValueError(f"{name} begins with {ends[0]}; it must begin with 0")
-    lengths = [after - before for before, after in zip(ends[:-1], ends[1:], strict=True)]
+    lengths = [after - before for before, after in itertools.pairwise(ends)]
     for i, length in enumerate(lengths):
         if length < 0:
             raise ValueError(f"{name} falls from {ends[i]} to {ends[i + 1]} at entry {i + 1}; it must never fall")

@@ -17,6 +17,9 @@ from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dt
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+HALF_BACKWARD_KEYS = 384
+"""Up to so many keys, PyTorch's backward in half precision takes longer than casting to float32 and back (with AMX)."""
+
 
 def supports(problem: Problem) -> str | None:
     """Every problem on the CPU."""
@@ -117,17 +120,13 @@ def _flash_run_backward(
     scale: float,
 ) -> None:
     groups = query.shape[1] // key.shape[1]
-    grad_query, grad_key, grad_value = _flash_backward(
-        run.queries(grad_out).transpose(1, 2),
-        run.queries(query).transpose(1, 2),
-        _shared_heads(run.keys(key), groups),
-        _shared_heads(run.keys(value), groups),
-        run.queries(out).transpose(1, 2),
-        run.queries(lse.t()).transpose(1, 2),
-        0.0,
-        causal,
-        scale=scale,
-    )
+    operands = [run.queries(x).transpose(1, 2) for x in (grad_out, query, out)]
+    operands += [_shared_heads(run.keys(x), groups) for x in (key, value)]
+    if run.k_len <= HALF_BACKWARD_KEYS and query.dtype in (torch.bfloat16, torch.float16):
+        operands = [x.float() for x in operands]
+    g, q, o, k, v = operands
+    run_lse = run.queries(lse.t()).transpose(1, 2)
+    grad_query, grad_key, grad_value = _flash_backward(g, q, k, v, o, run_lse, 0.0, causal, scale=scale)
     run.queries(grads[0]).copy_(grad_query.transpose(1, 2))
     run.keys(grads[1]).copy_(_sum_shared_heads(grad_key, groups))
     run.keys(grads[2]).copy_(_sum_shared_heads(grad_value, groups))
