@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from varlen_inductor import _compat
-from varlen_inductor.patterns import fused_inference
+
+from . import einsum, fused_inference
+from .aliasing import Storages, written_nodes
+from .simplify import drop_identities, drop_unused
 
 __all__ = ["NotNormalisable", "normalise", "replace_body"]
 
@@ -72,6 +75,9 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     _copy_placeholders(gm, new)
     _compat.adopt_dynamo_attributes(new, gm)
     _mark_requires_grad(new.graph)
+    drop_identities(new.graph)
+    drop_unused(new.graph)
+    new.recompile()
     return new
 
 
@@ -191,7 +197,9 @@ def _is_plain_fake(value: torch.Tensor) -> bool:
 
 
 def _class_name(value: torch.Tensor) -> str:
-    return "nested tensor" if value.is_nested else str(value.layout) if value.layout is not torch.strided else type(value).__name__
+    if value.is_nested:
+        return "nested tensor"
+    return type(value).__name__ if value.layout is torch.strided else str(value.layout)
 
 
 # ---------------------------------------------------------------------------------------------------------- retrace
@@ -268,9 +276,10 @@ class _Recorder(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        decomposition = fused_inference.decomposition(target, args, kwargs)
-        if decomposition is not None:
-            return decomposition(*args, **kwargs)
+        for rewritten in (fused_inference, einsum):
+            decomposition = rewritten.decomposition(target, args, kwargs)
+            if decomposition is not None:
+                return decomposition(*args, **kwargs)
         result = super().call_function(target, args, kwargs)
         if target is torch.amp.autocast_mode._enter_autocast:
             self.autocasts.append(result)
@@ -375,39 +384,39 @@ def _copy_placeholders(gm: fx.GraphModule, new: fx.GraphModule) -> None:
     new.recompile()
 
 
-_NO_GRADIENT: frozenset[Callable[..., Any]] = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default})
+_NO_GRADIENT: frozenset[Any] = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default})
 
 
 def _mark_requires_grad(graph: fx.Graph) -> None:
     """`meta["requires_grad"]`: whether autograd will record the value.  It may say True too often, never too seldom."""
+    storages = Storages(graph, possible=True)
+    written_with_gradient: set[fx.Node] = set()
     enabled = torch.is_grad_enabled()
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        if node.op in ("placeholder", "get_attr"):
-            value = node.meta.get("example_value", node.meta.get("val"))
-            if node.op == "get_attr":
-                value = _attribute_or_none(graph.owning_module, str(node.target))
-            node.meta["requires_grad"] = bool(getattr(value, "requires_grad", False))
-            continue
-        inputs = any(a.meta.get("requires_grad", False) for a in node.all_input_nodes)
-        records = enabled and inputs and node.target not in _NO_GRADIENT
-        node.meta["requires_grad"] = records and _may_carry_gradient(node.meta.get("val"))
+        if node.op == "placeholder":
+            flag = bool(getattr(node.meta.get("example_value"), "requires_grad", False))
+        elif node.op == "get_attr":
+            flag = bool(getattr(_attribute_or_none(graph.owning_module, str(node.target)), "requires_grad", False))
+        else:
+            flag = enabled and node.target not in _NO_GRADIENT and any(_requires_grad(a) for a in node.all_input_nodes)
+        node.meta["requires_grad"] = flag and _may_carry_gradient(node.meta.get("val"))
         if node.meta["requires_grad"]:
-            _mark_written(node)
+            written_with_gradient.update(storages.root(w) for w in written_nodes(node))
+    if written_with_gradient:
+        # What is written with a gradient passes it on to all that shares the memory, and from there to what reads it.
+        enabled = torch.is_grad_enabled()
+        for node in graph.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            reads = enabled and node.target not in _NO_GRADIENT and any(_requires_grad(a) for a in node.all_input_nodes)
+            if (reads or storages.root(node) in written_with_gradient) and _may_carry_gradient(node.meta.get("val")):
+                node.meta["requires_grad"] = True
 
 
-def _mark_written(node: fx.Node) -> None:
-    """An in-place operator passes its gradient to the value it wrote to (and to what that is a view of)."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-            written: Any = value
-            while isinstance(written, fx.Node):
-                written.meta["requires_grad"] = True
-                written = written.args[0] if written.op == "call_function" and written.args else None
+def _requires_grad(node: fx.Node) -> bool:
+    return bool(node.meta.get("requires_grad", False))
 
 
 def _may_carry_gradient(value: Any) -> bool:

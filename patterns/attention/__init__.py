@@ -13,7 +13,6 @@ from varlen_inductor import _compat
 
 from . import sdpa
 from .candidate import Candidate, NotAttention, Rejected
-from ..nodes import in_graph_order
 
 __all__ = ["Candidate", "Rejected", "find_candidates"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from ..masks import MaskOp, ScoreLayout
+from ..nodes import arguments, aten, same_size, shape, tensor
 from . import gqa
 from .candidate import Candidate, NotAttention
 from .heads import folded_sizes
-from ..nodes import aten, arguments, same_size, shape, tensor
 
 ANCHORS = (aten.scaled_dot_product_attention.default,)
 
