@@ -429,3 +429,13 @@ def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> No
     for cached in (decomposition.fast_random_decomps, decomposition.select_decomp_table):
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
+
+
+def no_dispatch_modes() -> Any:
+    """A context in which no fake-tensor, tracing or other dispatch mode is active: operators run on real tensors.
+
+    The mask prover folds constants and evaluates truth tables with them, also from inside a trace. Read in 2.11, 2.13.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
