@@ -132,6 +132,19 @@ def test_source_of() -> None:
     assert report.source_of(node) == "layer.0 (parts.py:7)"
 
 
+@pytest.mark.parametrize(
+    ("qualified", "path"),
+    [
+        ("L['self']", ""),
+        ("L['model']._modules['encoder']._modules['layer']._modules['0']", "encoder.layer.0"),
+        ("L['self'].encoder.layer[3].attention", "encoder.layer.3.attention"),
+        ("encoder.layer.0", "encoder.layer.0"),
+    ],
+)
+def test_module_paths(qualified: str, path: str) -> None:
+    assert report._plain_path(qualified) == path
+
+
 def test_source_of_a_dynamo_node() -> None:
     seen: list[str] = []
 

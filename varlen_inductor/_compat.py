@@ -228,7 +228,7 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 # --- DistributedDataParallel -------------------------------------------------------------------------------------------
 
 
-def ddp_optimizer_class() -> type | None:
+def ddp_optimizer_class() -> Any:
     """The class whose ``compile_fn`` splits a Dynamo graph at DDP's buckets before any backend sees it.
 
     ``None`` if this build of PyTorch has no distributed package. Read in 2.11, 2.13.

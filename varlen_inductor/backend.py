@@ -79,14 +79,13 @@ class InnerCompiler:
         Raises:
             TypeError: ``fn`` is not a plain Python function.
         """
-        if not isinstance(fn, types.FunctionType):
-            raise TypeError(f"nested() takes a plain Python function, not {type(fn).__name__}: wrap it in one")
-        for cell in fn.__closure__ or ():
+        own = with_own_code(fn)
+        for cell in own.__closure__ or ():
             if isinstance(cell.cell_contents, fx.GraphModule):
                 _compat.materialise(cell.cell_contents)
         kwargs: dict[str, Any] = {"options": self.options} if self.backend == "inductor" and self.options else {}
         return torch.compile(  # type: ignore[no-any-return]
-            with_own_code(fn),
+            own,
             fullgraph=True,
             dynamic=self.dynamic if dynamic is None else dynamic,
             backend=self.backend,
@@ -97,8 +96,14 @@ class InnerCompiler:
 _numbers = itertools.count()
 
 
-def with_own_code(fn: types.FunctionType) -> types.FunctionType:
-    """The same function with a code object of its own: Dynamo keeps what it compiled, and counts it, by code object."""
+def with_own_code(fn: Callable[..., Any]) -> types.FunctionType:
+    """The same function with a code object of its own: Dynamo keeps what it compiled, and counts it, by code object.
+
+    Raises:
+        TypeError: ``fn`` is not a plain Python function.
+    """
+    if not isinstance(fn, types.FunctionType):
+        raise TypeError(f"expected a plain Python function, not {type(fn).__name__}: wrap it in one")
     name = f"{fn.__name__}_{next(_numbers)}"
     own = types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__

@@ -92,14 +92,15 @@ class VarlenPass(_compat.graph_pass_class()):  # type: ignore[misc]
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the graph in place. A failure is logged and leaves the graph as it was, unless ``config.strict``."""
+        gm = graph.owning_module
         with config.patch(self.knobs):
-            if not config.enabled:
+            if not config.enabled or gm is None:
                 return
             config.check()
             try:
                 from varlen_inductor import driver
 
-                report.publish(driver.rewrite_in_place(graph.owning_module))
+                report.publish(driver.rewrite_in_place(gm))
             except Exception:
                 if config.strict:
                     raise

@@ -176,11 +176,11 @@ def source_of(node: fx.Node) -> str:
 
 
 def _plain_path(qualified: str) -> str:
-    """``"L['self']._modules['encoder']._modules['layer']._modules['0']"`` → ``"encoder.layer.0"``."""
-    quoted = re.findall(r"_modules\['([^']+)'\]", qualified)
-    if quoted:
-        return ".".join(quoted)
-    return re.sub(r"^L\['self'\]\.?", "", qualified)
+    """``"L['self']._modules['encoder']._modules['layer'][0]"`` → ``"encoder.layer.0"``; the root itself is ``""``."""
+    path = re.sub(r"^[LG]\['[^']*'\]", "", qualified)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    return path.strip(".")
 
 
 def readable(gm: fx.GraphModule) -> str:

@@ -51,7 +51,7 @@ def takes(backend: Any) -> bool:
         return False
     from varlen_inductor import config, inductor_pass
 
-    return bool(config.enabled) and not inductor_pass.is_marked(backend.config)
+    return bool(config.enabled) and not inductor_pass.is_marked(backend.config)  # type: ignore[attr-defined]
 
 
 @contextmanager

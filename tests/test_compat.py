@@ -1,0 +1,255 @@
+"""Each private PyTorch name that we use is still there and still does what its comment says.
+
+When PyTorch moves one, the failure is here, beside the reason why we use it, and not in a user's model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from varlen_inductor import _compat
+
+# What lives there for the sake of its neighbours.
+PUBLIC_ONLY = {"import_operators", "plain_dispatch"}
+
+
+def captured(fn: Any, *args: Any) -> fx.GraphModule:
+    """The graph that Dynamo hands to a backend."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(fn, backend=backend)(*args)
+    return graphs[0]
+
+
+def test_every_entry_names_the_versions_it_was_read_in() -> None:
+    for name, function in inspect.getmembers(_compat, inspect.isfunction):
+        if function.__module__ == _compat.__name__ and name not in PUBLIC_ONLY:
+            assert "2.11" in (function.__doc__ or ""), f"{name}: say in its docstring in which versions of PyTorch it was read"
+
+
+def test_inductor_wrapper() -> None:
+    wrapper = _compat.make_inductor_wrapper("max-autotune-no-cudagraphs", {"epilogue_fusion": False}, None)
+    assert type(wrapper) is _compat.inductor_wrapper_class()
+    assert wrapper.config["max_autotune"] is True
+    assert wrapper.config["epilogue_fusion"] is False
+    assert wrapper.dynamic is None
+    assert callable(wrapper.get_compiler_config)
+    assert issubclass(torch._TorchCompileAOTInductorWrapper, _compat.inductor_wrapper_class())
+    with pytest.raises(RuntimeError):
+        _compat.make_inductor_wrapper(None, {"no_such_option": 1}, None)
+
+
+def test_named_wrapper() -> None:
+    wrapper = _compat.named_wrapper_class()("eager", None, {"a": 1}, True)
+    assert wrapper.compiler_fn is _compat.lookup_backend("eager")
+    assert wrapper.kwargs == {"options": {"a": 1}}
+    assert wrapper.dynamic is True
+
+
+def test_innermost_backend() -> None:
+    from torch._dynamo.repro.after_dynamo import wrap_backend_debug
+
+    def mine(gm: fx.GraphModule, inputs: Any) -> Any:
+        return gm.forward
+
+    wrapper = _compat.named_wrapper_class()(mine, None, None, None)
+    assert _compat.innermost_backend(wrap_backend_debug(wrapper, "mine")) is mine
+    assert _compat.innermost_backend(mine) is mine
+
+
+def test_uncompiled() -> None:
+    linear = nn.Linear(2, 2)
+    assert _compat.uncompiled(torch.compile(linear)) is linear
+    assert _compat.uncompiled(linear) is linear
+
+    def fn() -> None: ...
+
+    assert _compat.uncompiled(torch.compile(torch.compile(fn))) is fn
+
+
+def test_control_flow_exceptions() -> None:
+    assert all(issubclass(one, Exception) for one in _compat.control_flow_exceptions())
+
+
+def test_compile_id() -> None:
+    seen: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(_compat.compile_id())
+        return gm.forward
+
+    torch.compile(nn.ReLU(), backend=backend)(torch.ones(1))
+    assert seen == ["0/0"]
+    assert _compat.compile_id() == "-"
+
+
+def test_dynamo_attributes() -> None:
+    linear = nn.Linear(2, 2)
+    original = captured(lambda x: linear(x), torch.ones(1, 2))
+    assert "dynamo_compile_id" in original.meta
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(original.graph, {}))
+    copy = fx.GraphModule(original, graph)
+    _compat.adopt_dynamo_attributes(copy, original)
+    for ours, theirs in zip(
+        copy.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        assert ours._dynamo_source is theirs._dynamo_source
+        assert ours.meta["example_value"] is theirs.meta["example_value"]
+    assert copy._param_name_to_source is original._param_name_to_source
+
+
+def test_materialise() -> None:
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    lazy = _LazyGraphModule(nn.Module(), fx.symbolic_trace(nn.ReLU()).graph)
+    assert lazy._needs_recompile()
+    _compat.materialise(lazy)
+    assert not lazy._needs_recompile()
+    _compat.materialise(fx.symbolic_trace(nn.ReLU()))
+
+
+def test_graph_pass() -> None:
+    base = _compat.graph_pass_class()
+    assert {"__call__", "uuid"} <= set(dir(base))
+    assert _compat.inductor_setting("post_grad_custom_post_pass") is None
+    assert isinstance(_compat.passes_may_be_lists(), bool)
+
+
+def test_counters() -> None:
+    _compat.counters()["something"] += 1
+    assert torch._dynamo.utils.counters["varlen_inductor"]["something"] == 1
+
+
+def test_structured_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._logging._internal import LazyTraceHandler, trace_log
+
+    assert not _compat.structured_trace_wanted()
+    handler = LazyTraceHandler("/nowhere")
+    monkeypatch.setattr(trace_log, "handlers", [handler])
+    assert _compat.structured_trace_wanted()
+    seen: list[Any] = []
+    monkeypatch.setattr(handler, "handle", seen.append)
+    _compat.trace_artifact("name", "string", lambda: "payload")
+    assert seen[-1].metadata["artifact"] == {"name": "name", "encoding": "string"}
+    assert seen[-1].payload == "payload"
+
+
+def test_ddp_optimizer() -> None:
+    optimizer = _compat.ddp_optimizer_class()
+    if optimizer is None:
+        pytest.skip("this build of PyTorch has no distributed package")
+    parameters = inspect.signature(optimizer.__init__).parameters
+    assert {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(parameters)
+    assert list(inspect.signature(optimizer.compile_fn).parameters)[:3] == ["self", "gm", "example_inputs"]
+
+
+# --- recording a graph ---
+
+
+def test_probes_of_the_caller() -> None:
+    assert not _compat.functorch_level_active()
+    assert not _compat.saved_tensor_hooks_active()
+    seen: list[bool] = []
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_compat.functorch_level_active())
+        return x
+
+    torch.vmap(probe)(torch.ones(2))
+    assert seen == [True]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert _compat.saved_tensor_hooks_active()
+    assert torch._C._set_grad_enabled in _compat.recorded_side_effects()
+    assert not _compat.is_tensor_subclass(torch.ones(1))
+    assert not _compat.is_fake(torch.ones(1))
+
+
+def test_pre_dispatch_trace_keeps_attention_whole() -> None:
+    gm = captured(lambda q: F.scaled_dot_product_attention(q, q, q), torch.ones(1, 1, 2, 4))
+    fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    assert all(_compat.is_fake(fake) for fake in fakes)
+    traced = _compat.trace_pre_dispatch(lambda *inputs: gm(*inputs), fakes)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets
+    assert _compat.find_anchors(traced, [torch.ops.aten.scaled_dot_product_attention.default])
+
+
+def test_tracer() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        tracer = _compat.current_tracer()
+        with _compat.recording_disabled():
+            hidden = x + 1
+        proxy = tracer.create_proxy("call_function", torch.ops.aten.add.Tensor, (_compat.proxy_of(x, tracer), 1), {})
+        return _compat.track(hidden, proxy, tracer)
+
+    gm = make_fx(body, tracing_mode="fake")(torch.ones(2))
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
+    with pytest.raises(RuntimeError, match="no make_fx"):
+        _compat.current_tracer()
+
+
+def test_current_meta() -> None:
+    node = fx.Graph().placeholder("x")
+    with _compat.set_current_meta(node):
+        pass
+
+
+def test_run_fake() -> None:
+    gm = captured(lambda x: x + 1, torch.ones(3, 4))
+    fake = gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
+    assert _compat.run_fake(torch.ops.aten.t.default, (fake,), {}).shape == (4, 3)
+    with pytest.raises(ValueError, match="no fake tensor"):
+        _compat.run_fake(torch.ops.aten.t.default, (torch.ones(2, 2),), {})
+
+
+# --- operators ---
+
+
+def test_dispatch_below_autograd() -> None:
+    x = torch.ones(1, requires_grad=True)
+    assert _compat.any_requires_grad(None, x)
+    assert not _compat.any_requires_grad(None, x.detach())
+    with _compat.below_autograd():
+        assert not (x + 1).requires_grad
+    assert (x + 1).requires_grad
+
+
+def test_dispatch_below_autocast() -> None:
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with _compat.below_autocast("cpu"):
+            assert (x @ x).dtype == torch.float32
+
+
+def test_partial_graph() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    assert _compat.is_partial_graph(captured(broken, torch.ones(1)))
+    torch._dynamo.reset()
+    assert not _compat.is_partial_graph(captured(lambda x: x + 1, torch.ones(1)))
+    assert not _compat.is_partial_graph(fx.symbolic_trace(nn.ReLU()))
+
+
+def test_inductor_decompositions() -> None:
+    from torch._inductor import decomposition
+
+    assert isinstance(decomposition.decompositions, dict)
+    assert callable(decomposition.fast_random_decomps.cache_clear)
+    _compat.register_inductor_decompositions({})
