@@ -156,23 +156,33 @@ def _count(number: int, noun: str) -> str:
 
 # --- making reports --------------------------------------------------------------------------------------------------
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
 
 
 def source_of(node: fx.Node) -> str:
-    """Where a node stands in the user's model: ``"encoder.layer.0.attention (modeling_bert.py:318)"``.
+    """Where a node stands in the user's model: ``"encoder.layer.0.attention.self (modeling_bert.py:192)"``.
 
-    The module path is that of the innermost ``nn.Module``; the line is the innermost one outside PyTorch itself.
+    The path is that of the innermost ``nn.Module``. The line is the innermost one in the file that defines this module, so
+    that it tells models apart that share a helper; failing that, the innermost one outside PyTorch itself.
     """
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    path = _plain_path(modules[-1][0]) if modules else ""
-    frames = [match.groupdict() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
-    outside = [frame for frame in frames if "/torch/" not in frame["file"].replace("\\", "/")]
-    frame = (outside or frames or [None])[-1]
-    line = "" if frame is None else f"{frame['file'].replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame['line']}"
+    path, home = (_plain_path(modules[-1][0]), _file_of(modules[-1][1])) if modules else ("", "")
+    frames = [
+        (match["file"].replace("\\", "/"), match["line"]) for match in _FRAME.finditer(node.meta.get("stack_trace") or "")
+    ]
+    outside = [frame for frame in frames if "/torch/" not in frame[0]]
+    at_home = [frame for frame in outside if frame[0].endswith(f"/{home}.py")] if home else []
+    file, number = (at_home or outside or frames or [("", "")])[-1]
+    line = f"{file.rsplit('/', 1)[-1]}:{number}" if file else ""
     if path and line:
         return f"{path} ({line})"
     return path or line or node.name
+
+
+def _file_of(module_class: type | str) -> str:
+    """The last part of the Python module in which a class (or its qualified name, as some versions keep it) is defined."""
+    qualified = module_class.rpartition(".")[0] if isinstance(module_class, str) else module_class.__module__
+    return qualified.rpartition(".")[2]
 
 
 def _plain_path(qualified: str) -> str:
