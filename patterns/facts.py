@@ -55,7 +55,7 @@ def facts_of(choice: Choice, table: dict[fx.Node, Typing]) -> list[Fact]:
     """
     facts: dict[str, Fact] = {}
     for site in choice.domains:
-        for fact in facts_of_site(choice, site):
+        for fact in facts_of_site(choice, site, windows_by_rank=True):
             facts.setdefault(fact.text, fact)
     for region in choice.regions:
         analysis = choice.analyses[region.domain]
@@ -66,14 +66,17 @@ def facts_of(choice: Choice, table: dict[fx.Node, Typing]) -> list[Fact]:
     return list(facts.values())
 
 
-def facts_of_site(choice: Choice, site: fx.Node) -> list[Fact]:
-    """What rewriting one attention takes for granted."""
+def facts_of_site(choice: Choice, site: fx.Node, *, windows_by_rank: bool) -> list[Fact]:
+    """What rewriting one attention takes for granted.
+
+    ``windows_by_rank``: a window is measured between ranks of valid positions, not between the positions (rule 8).
+    """
     attention, domain = attention_of(site), choice.domains[site]
     assert attention is not None
     facts = [Fact(o.text, lambda graph, masks, o=o: o.emit(graph)) for o in attention.proof.obligations]  # type: ignore[misc]
     own = next((r for r in choice.regions if site in r.nodes), None)
     same_domain = own is not None and own.domain is domain
-    if same_domain and windowed(site) and not domain.predicate.is_prefix:
+    if windows_by_rank and same_domain and windowed(site) and not domain.predicate.is_prefix:
         facts.append(_contiguous(domain))
     if not same_domain and attention.proof.no_valid_key != "zero":
         facts.append(_never_empty(domain))

@@ -250,16 +250,14 @@ _HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
 def _refuse_what_needs_facts(choice: regions.Choice) -> None:
     """In one graph without a plan nothing can be checked: an attention that would need it stays as it is."""
     for site in choice.domains:
-        needed = facts.facts_of_site(choice, site)
+        needed = facts.facts_of_site(choice, site, windows_by_rank=False)
         if needed:
             raise SiteRefused(site, f"without a look at the data it is not known that {needed[0].text}")
 
 
 def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain]) -> None:
     for domain in domains:
-        leaves = domain.predicate.leaves()
-        last = max(leaves)
-        behind = last.next
+        behind = max(domain.predicate.leaves).next
         while behind.op == "placeholder":
             behind = behind.next
         with graph.inserting_before(behind):
