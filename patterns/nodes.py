@@ -26,6 +26,12 @@ def calls(node: Any, *packets: Any) -> bool:
     return packet is not None and packet in packets
 
 
+def operator_name(node: fx.Node) -> str:
+    """What the user would call the operator: `tanh` for `aten.tanh.default`."""
+    packet = overload_packet(node)
+    return str(node.target) if packet is None else packet.__name__
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator's node by name, defaults included."""
     assert isinstance(node.target, torch._ops.OpOverload)

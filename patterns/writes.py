@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from .emit import emit, shape_arguments
+from .literals import number_of
 from .nodes import same_size
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def _functional(target: OpOverload) -> OpOverload | None:
 
 def _fill(graph: fx.Graph, node: fx.Node, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     value = args[1] if len(args) > 1 else kwargs["value"]
-    number = constant_of(value)
+    number = number_of(value)
     if number is not None:
         return emit(graph, node, aten.full_like.default, old, number)
     return _copy(graph, node, old, (old, value), {})
@@ -122,30 +122,12 @@ def _index_put(graph: fx.Graph, node: fx.Node, old: fx.Node, args: tuple[Any, ..
     if plain and mask.meta["val"].dtype == torch.bool and value.meta["val"].dim() <= rank - mask.meta["val"].dim():
         for _ in range(rank - mask.meta["val"].dim()):
             mask = emit(graph, node, aten.unsqueeze.default, mask, -1)
-        number = constant_of(value)
+        number = number_of(value)
         if number is not None:
             return emit(graph, node, aten.masked_fill.Scalar, old, mask, number)
         return emit(graph, node, aten.where.self, mask, value, old)
     return emit(graph, node, aten.index_put.default, old, indices, value, given.get("accumulate", False))
 
-
-def constant_of(value: Any) -> int | float | bool | None:
-    """The number that `value` is: itself, or what a literal written as a 0-d tensor holds; None if it is not known."""
-    if isinstance(value, (int, float)):
-        return value
-    while isinstance(value, fx.Node) and value.op == "call_function" and value.target in _LITERAL_COPIES:
-        value = value.args[0]
-    if not isinstance(value, fx.Node) or value.op != "get_attr" or not str(value.target).startswith("_tensor_constant"):
-        return None
-    tensor = operator.attrgetter(str(value.target))(value.graph.owning_module)
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 0 or tensor.device.type != "cpu" or tensor.is_complex():
-        return None
-    return tensor.item()  # type: ignore[no-any-return]
-
-
-_LITERAL_COPIES = frozenset(
-    {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default, aten.alias.default}
-)
 
 _SPECIAL: dict[Any, Emit] = {
     aten.fill_: _fill,

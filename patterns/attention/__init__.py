@@ -1,7 +1,7 @@
 """Find every attention in a normalised graph, whatever its spelling.
 
-A spelling is a module with `ANCHORS`, the operators at which it begins to look, and `match(node)`, which walks from there
-and returns a `Candidate`, returns None if the node has nothing to do with attention, or raises `NotAttention(reason)`.
+A spelling is a module with `ANCHORS`, the operators at which it begins to look, and `match(node, facts)`, which walks from
+there and returns a `Candidate`, returns None if the node has nothing to do with attention, or raises `NotAttention(reason)`.
 To add one, write the module and put it into `SPELLINGS`.
 """
 
@@ -11,12 +11,14 @@ from torch import fx
 
 from varlen_inductor import _compat
 
-from . import sdpa
-from .candidate import Candidate, NotAttention, Rejected
+from ..functionalise import written_storages
+from ..nodes import live_nodes
+from . import decomposed, sdpa
+from .candidate import Candidate, Facts, NotAttention, Rejected
 
 __all__ = ["Candidate", "Rejected", "find_candidates"]
 
-SPELLINGS = (sdpa,)
+SPELLINGS = (sdpa, decomposed)
 
 
 def find_candidates(gm: fx.GraphModule) -> tuple[list[Candidate], list[Rejected]]:
@@ -30,10 +32,11 @@ def find_candidates(gm: fx.GraphModule) -> tuple[list[Candidate], list[Rejected]
     """
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
+    facts = Facts(live_nodes(gm.graph), written_storages(gm.graph))
     for spelling in SPELLINGS:
         for node in _compat.find_anchors(gm, spelling.ANCHORS):
             try:
-                candidate = spelling.match(node)
+                candidate = spelling.match(node, facts)
             except NotAttention as reason:
                 rejected.append(Rejected(node, reason.reason))
                 continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ..masks import MaskOp, ScoreLayout
+from ..masks import MaskOp, ScoreLayout, Spelling
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Candidate:
     scale: float | None
     dropout_p: float
     is_causal: bool
-    spelling: str
+    spelling: Spelling
     interior: tuple[fx.Node, ...]
     kv_groups: int
     score_dtype: torch.dtype
@@ -82,12 +82,14 @@ class NotAttention(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Query, key and value with their batch, head and length sizes, once the layout is known."""
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a spelling needs to know about the graph as a whole.
 
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    sizes: dict[str, int | torch.SymInt] = field(default_factory=dict)
-    kv_groups: int = 1
+    Attributes:
+        live: the nodes on which an output or an effect depends.
+        written: the nodes whose memory is written in place.
+    """
+
+    live: frozenset[fx.Node]
+    written: frozenset[fx.Node]

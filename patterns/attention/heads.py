@@ -14,6 +14,7 @@ from torch import fx
 
 from ..dims import as_size
 from ..nodes import arguments, aten, calls, same_size, shape, tensor
+from .candidate import NotAttention
 
 _VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 _SAME_LAYOUT = (
@@ -77,3 +78,17 @@ def _leading_factor(source: tuple[Any, ...], target: tuple[Any, ...], dim: int) 
 def _divides(part: Any, total: Any) -> bool:
     ratio = as_size(total) / as_size(part)
     return bool(ratio.is_integer) or (not ratio.is_number and ratio.as_numer_denom()[1] == 1)
+
+
+def check_batch(query: fx.Node, key: fx.Node, value: fx.Node, kv_groups: int) -> None:
+    """Query, key and value must agree in batch and heads: SDPA and matmul would broadcast, a varlen kernel does not.
+
+    Raises:
+        NotAttention: they do not.
+    """
+    for name, node in (("key", key), ("value", value)):
+        for size, other, groups in zip(shape(query)[:-2], shape(node)[:-2], (1, kv_groups), strict=False):
+            if not same_size(size, other * groups):
+                raise NotAttention(
+                    f"the {name}'s batch and heads {list(shape(node)[:-2])} broadcast to the query's {list(shape(query)[:-2])}"
+                )

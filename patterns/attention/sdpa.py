@@ -12,15 +12,16 @@ import torch
 from torch import fx
 
 from ..masks import MaskOp, ScoreLayout
-from ..nodes import arguments, aten, same_size, shape, tensor
+from ..nodes import arguments, aten, shape, tensor
 from . import gqa
-from .candidate import Candidate, NotAttention
-from .heads import folded_sizes
+from .candidate import Candidate, Facts, NotAttention
+from .heads import check_batch, folded_sizes
+from .interior import interior_of
 
 ANCHORS = (aten.scaled_dot_product_attention.default,)
 
 
-def match(node: fx.Node) -> Candidate:
+def match(node: fx.Node, facts: Facts) -> Candidate:
     """The attention that an SDPA node computes.
 
     Raises:
@@ -31,11 +32,9 @@ def match(node: fx.Node) -> Candidate:
     rank = len(shape(query))
     if rank not in (3, 4) or len(shape(key)) != rank or len(shape(value)) != rank:
         raise NotAttention(f"its query has {rank} dimensions; (batch, heads, length, head_dim) is expected")
-    interior = {node}
-    kv_groups = 1
+    kv_groups, repeats = 1, ()
     if rank == 4:
         key, value, kv_groups, repeats = gqa.undo_repeat(query, key, value)
-        interior.update(repeats)
     check_batch(query, key, value, kv_groups)
 
     mask = given["attn_mask"]
@@ -59,19 +58,10 @@ def match(node: fx.Node) -> Candidate:
         dropout_p=float(given["dropout_p"]),
         is_causal=bool(given["is_causal"]),
         spelling="sdpa",
-        interior=tuple(interior),
+        interior=interior_of([node], repeats, facts),
         kv_groups=kv_groups,
         score_dtype=output.dtype,
     )
-
-
-def check_batch(query: fx.Node, key: fx.Node, value: fx.Node, kv_groups: int) -> None:
-    """Query, key and value must agree in batch and heads; SDPA and matmul would broadcast, a varlen kernel does not."""
-    for name, node in (("key", key), ("value", value)):
-        for q_size, size, groups in zip(shape(query)[:-2], shape(node)[:-2], (1, kv_groups), strict=False):
-            if not same_size(q_size, size * groups):
-                raise NotAttention(f"the {name}'s batch and heads {list(shape(node)[:-2])} broadcast to the query's "
-                                   f"{list(shape(query)[:-2])}")
 
 
 def _is_boolean(mask: fx.Node) -> bool:
