@@ -115,7 +115,7 @@ def run_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator without its checks: real tensors, below autograd."""
-    if query.numel() == 0 or key.shape[0] == 0:
+    if _nothing_to_attend(query, key, layout):
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
@@ -137,10 +137,16 @@ def run_backward(
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of ``run_forward`` with the same ``kernels``."""
-    if query.numel() == 0 or key.shape[0] == 0:
+    if _nothing_to_attend(query, key, layout):
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
     backend = choose(Problem.of(query, key, value, layout, rule), kernels).backend
     return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+
+
+def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
+    return query.numel() == 0 or key.shape[0] == 0 or layout.cu_seq_q.shape[0] == 1
 
 
 LIBRARY.impl("varlen_attn", _forward, "CompositeExplicitAutograd")

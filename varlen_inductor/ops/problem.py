@@ -36,6 +36,11 @@ class Rule(NamedTuple):
         """Whether a query may see fewer keys than its sequence has. Causality is a window too."""
         return self.window_left != UNBOUNDED or self.window_right != UNBOUNDED
 
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees every key up to its own and none behind."""
+        return self.window_left == UNBOUNDED and self.window_right == 0
+
 
 class Problem(NamedTuple):
     """What a backend must know to say whether it can run an attention. No token counts, so that a model has few problems."""
@@ -71,9 +76,9 @@ class Problem(NamedTuple):
         )
 
     @property
-    def causal(self) -> bool:
-        """Whether a query sees every key up to its own and none behind."""
-        return self.window_left == UNBOUNDED and self.window_right == 0
+    def windowed(self) -> bool:
+        """Whether a query may see fewer keys than its sequence has. Causality is a window too."""
+        return self.window_left != UNBOUNDED or self.window_right != UNBOUNDED
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,182 @@
+"""The operator on CUDA, each backend against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
+from torch import Tensor
+
+import varlen_inductor
+from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward
+from varlen_inductor.ops.backends import choose
+from varlen_inductor.ops.problem import Problem
+
+CUDA = {"device": "cuda"}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("kernels", ["aten_flash", "math"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_and_windows(lengths: str, window: str, dtype: torch.dtype, kernels: str) -> None:
+    options = {"window": WINDOWS[window], "dtype": dtype, "tail": 5, "kernels": kernels, **CUDA}
+    check_against_reference(make_case(*LENGTHS[lengths], heads=(4, 4), dims=(64, 64), **options))
+    check_against_reference(make_case(*LENGTHS[lengths], heads=(4, 2), dims=(64, 64), **options))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(8, 8), (32, 32), (64, 64), (72, 72), (128, 128), (256, 256), (20, 20), (96, 64), (64, 128)], ids=str
+)
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+def test_heads_and_dims(heads: tuple[int, int], dims: tuple[int, int], window: str) -> None:
+    case = make_case(
+        (130, 1, 517, 64), window=WINDOWS[window], heads=heads, dims=dims, dtype=torch.bfloat16, kernels="aten_flash", **CUDA
+    )
+    check_against_reference(case)
+    check_against_reference(case, lse_gradient=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_no_kernel_runs_is_computed_all_the_same(dtype: torch.dtype) -> None:
+    check_against_reference(make_case((33, 0, 70), window=(-1, 0), heads=(4, 2), dtype=dtype, tail=3, **CUDA))
+
+
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_seqused_k(window: str, dropout_p: float) -> None:
+    used = torch.tensor([4, 0, 9, 300], dtype=torch.int32, device="cuda")
+    case = make_case(
+        (5, 2, 6, 100), (7, 3, 9, 400), window=WINDOWS[window], dims=(64, 64), dtype=torch.bfloat16, seqused_k=used, **CUDA
+    )
+    with torch.no_grad():
+        for start, stop in ((4, 7), (7, 10), (319, 419)):
+            case.key[start:stop] = float("nan")
+            case.value[start:stop] = float("nan")
+    case.options["dropout_p"] = dropout_p
+    out, lse, _ = run(case)
+    options = {k: v for k, v in case.options.items() if k != "dropout_p"}
+    expected_out, expected_lse = reference(case._replace(options=options))
+    if dropout_p == 0.0:
+        assert_close(out, expected_out, out.dtype, "out")
+    assert_close(lse, expected_lse, out.dtype, "lse")
+    g = torch.randn_like(out)
+    grads = torch.autograd.grad(out, case.operands[:3], g)
+    assert all(grad.isfinite().all() for grad in grads)
+    for grad in grads[1:]:
+        assert (grad[4:10] == 0).all()
+        assert (grad[319:419] == 0).all()
+    inner = (case.value.double().nan_to_num() * grads[2].double()).sum()
+    assert abs((out.double() * g.double()).sum() - inner) < 0.02 * (out.double() * g.double()).abs().sum()
+
+
+def test_misaligned_operands_are_copied() -> None:
+    plain = make_case((50, 70), heads=(2, 2), dims=(64, 64), dtype=torch.bfloat16, **CUDA)
+    expected = run(plain)[0]
+    shifted = []
+    for x in plain.operands[:3]:
+        wide = torch.zeros(x.shape[0], x.shape[1], 71, dtype=x.dtype, device="cuda")
+        wide[..., 3:67] = x.detach()
+        shifted.append(wide[..., 3:67])
+    assert torch.equal(varlen_attn(*shifted, *plain.operands[3:])[0], expected)
+    heads_first = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in plain.operands[:3]]
+    out = varlen_attn(*heads_first, *plain.operands[3:])[0]
+    assert out.is_contiguous()
+    assert torch.equal(out, expected)
+    for grad in torch.autograd.grad(out.sum(), heads_first):
+        assert grad.is_contiguous()
+
+
+def test_one_query_per_sequence_with_shared_heads() -> None:
+    """With max_q 1 the kernels have a shortcut that takes every sequence to have exactly one query."""
+    case = make_case((1, 0, 1), (30, 5, 12), heads=(8, 2), dims=(64, 64), dtype=torch.bfloat16, tail=4, **CUDA)
+    check_against_reference(case._replace(max_q=1))
+
+
+def test_right_window_wider_than_the_keys() -> None:
+    """The kernels take a right side of max_k keys for no limit, which is wrong if there are more queries than keys."""
+    check_against_reference(
+        make_case((40, 30), (4, 30), window=(-1, 4), dims=(64, 64), dtype=torch.bfloat16, **CUDA)._replace(max_k=4)
+    )
+
+
+def test_dropout_backward_drops_the_same() -> None:
+    case = make_case((130, 70), window=(-1, 0), heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, dropout_p=0.5, **CUDA)
+    torch.manual_seed(3)
+    out = run(case)[0]
+    torch.manual_seed(3)
+    assert torch.equal(out, run(case)[0])
+    assert not torch.equal(out, run(case)[0])
+    g = torch.randn_like(out)
+    (grad_value,) = torch.autograd.grad(out, case.value, g)
+    left, right = (out.double() * g).sum(), (case.value.double() * grad_value).sum()
+    assert abs(left - right) < 0.01 * (out.double() * g).abs().sum()
+
+
+def test_dropout_is_right_in_expectation() -> None:
+    case = make_case((40, 70), dims=(64, 64), dtype=torch.float16, dropout_p=0.25, **CUDA)
+    with torch.no_grad():
+        mean = sum(run(case)[0].double() for _ in range(2000)) / 2000
+    expected, _ = reference(case._replace(options={"window_left": -1, "window_right": -1}))
+    assert (mean - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("window", ["full", "causal"])
+def test_opcheck(window: str) -> None:
+    case = make_case(
+        (50, 0, 90), heads=(4, 2), dims=(32, 32), window=WINDOWS[window], dtype=torch.float16, tail=2, fill=0.0, **CUDA
+    )
+    torch.library.opcheck(varlen_attn, case.operands, case.options)
+    out, lse, rng_state = (x.detach() for x in run(case))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    arguments = (torch.randn_like(out), torch.zeros_like(lse), out, lse, rng_state, *operands)
+    torch.library.opcheck(varlen_attn_backward, arguments, case.options)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode: str, dynamic: bool) -> None:
+    @torch.compile(mode=mode, dynamic=dynamic, fullgraph=True)
+    def function(query: Tensor, key: Tensor, value: Tensor, cu_seq: Tensor) -> Tensor:
+        out = varlen_inductor.varlen_attn(query * 2, key, value, cu_seq, cu_seq, 256, 256, window_size=(-1, 0))
+        return out.cos()
+
+    for lengths in ((50, 90), (256, 3), (17, 30)) * 2:
+        case = make_case(lengths, heads=(4, 4), dims=(64, 64), dtype=torch.bfloat16, **CUDA)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = function(*case.operands[:4])
+        wanted, _ = reference(case._replace(query=case.query * 2, options={"window_left": -1, "window_right": 0}))
+        assert_close(out, wanted.cos(), torch.bfloat16, "out")
+        grads = torch.autograd.grad(out.sum(), case.operands[:3])
+        for actual, expected in zip(grads, torch.autograd.grad(wanted.cos().sum(), case.operands[:3])):
+            assert_close(actual, expected, torch.bfloat16, "gradient", factor=3.0)
+
+
+def test_cuda_graph_with_new_lengths() -> None:
+    """A recorded call follows offsets that change on the device, and rows behind the last sequence stay zero."""
+    case = make_case((60, 40), dims=(64, 64), dtype=torch.bfloat16, tail=28, fill=0.0, **CUDA)
+    static = [x.detach().clone() if isinstance(x, Tensor) else x for x in case.operands]
+    static[4] = static[3]
+    static[5] = static[6] = 128
+    with torch.no_grad():
+        varlen_attn(*static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse, _ = varlen_attn(*static)
+        for lengths in ((60, 40), (128, 0), (3, 2)):
+            static[3].copy_(torch.tensor([0, lengths[0], sum(lengths)]))
+            graph.replay()
+            expected, expected_lse = reference(case._replace(cu_seq_q=static[3], cu_seq_k=static[3]))
+            assert_close(out, expected, torch.bfloat16, "out")
+            assert_close(lse, expected_lse, torch.bfloat16, "lse")
+
+
+def test_choice() -> None:
+    problem = Problem(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64)
+    assert choose(problem).backend.name == "aten_flash"
+    assert "position" in choose(problem._replace(positions=True, window_right=0)).refused["aten_flash"]
+    assert "float32" in choose(problem._replace(dtype=torch.float32)).refused["aten_flash"]
+    assert "256" in choose(problem._replace(head_dim=264)).refused["aten_flash"]
