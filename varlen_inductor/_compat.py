@@ -439,3 +439,13 @@ def no_dispatch_modes() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def upstream_varlen_op() -> Any | None:
+    """PyTorch's own varlen attention, which registers itself when its module is imported. Read in 2.11, 2.13."""
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+
+        return torch.ops.torch_attn._varlen_attn.default
+    except (ImportError, AttributeError):
+        return None

@@ -13,12 +13,12 @@ from varlen_inductor import _compat
 
 from ..functionalise import written_storages
 from ..nodes import live_nodes
-from . import decomposed, sdpa
+from . import decomposed, left_alone, sdpa
 from .candidate import Candidate, Facts, NotAttention, Rejected
 
 __all__ = ["Candidate", "Rejected", "find_candidates"]
 
-SPELLINGS = (sdpa, decomposed)
+SPELLINGS = (sdpa, decomposed, left_alone)
 
 
 def find_candidates(gm: fx.GraphModule) -> tuple[list[Candidate], list[Rejected]]:

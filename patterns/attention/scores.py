@@ -87,6 +87,7 @@ class _Walk:
     def __init__(self) -> None:
         self.scale = 1.0
         self.factors: list[tuple[fx.Node, bool]] = []
+        self.factor_ranks: set[int] = set()
         self.mask_ops: list[MaskOp] = []
         self.mask_shapes: list[tuple[object, ...]] = []
         self.dtypes: set[torch.dtype] = set()
@@ -119,6 +120,8 @@ class _Walk:
                     raise NotAttention("baddbmm scales its mask (beta)")
                 self._mask(product, self._add(bias))  # type: ignore[arg-type]
             self.scale *= given["alpha"]
+        if self.factor_ranks - {len(shape(product))}:
+            raise NotAttention("its scores are scaled in another layout than that of its queries")
         if not self.dtypes:
             self.dtypes.add(product.meta["val"].dtype)
         if len(self.dtypes) > 1:
@@ -159,6 +162,7 @@ class _Walk:
             self.scale *= 1 / number if divides else number
         elif _one_per_query(factor) and node.meta["val"].dtype == scores.meta["val"].dtype:  # type: ignore[union-attr]
             self.factors.append((factor, divides))  # type: ignore[arg-type]
+            self.factor_ranks.add(len(shape(node)))
         else:
             raise NotAttention(f"its scores are multiplied with {factor}, which is no scale")
         return scores  # type: ignore[return-value]

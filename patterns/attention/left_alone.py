@@ -1,0 +1,46 @@
+"""Attention in a form that needs no rewriting, or has a mask of its own: named to the user, and left alone.
+
+    %y = torch_attn._varlen_attn.default(%q, %k, %v, %cu_seq_q, %cu_seq_k, ...)      it is a varlen call already
+    %y = flex_attention(%q, %k, %v, %score_mod, ...)                                 its block mask skips what is hidden
+    %y = aten._transformer_encoder_layer_fwd.default(...)                            fused, without a mask
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from varlen_inductor import _compat
+
+from .candidate import Candidate, Facts, NotAttention
+
+aten = torch.ops.aten
+
+
+def _reasons() -> dict[Any, str]:
+    reasons: dict[Any, str] = {
+        torch.ops.higher_order.flex_attention: "it is flex_attention, whose block mask already skips what is hidden",
+    }
+    no_mask = "it is a fused layer without a mask, so nothing in it is known to be padding"
+    for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+        reasons[getattr(aten, name).default] = no_mask
+    direct = "it calls one kernel of scaled_dot_product_attention directly"
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        reasons[getattr(aten, f"_scaled_dot_product_{name}").default] = direct
+    varlen = _compat.upstream_varlen_op()
+    if varlen is not None:
+        reasons[varlen] = "it is a varlen_attn call already"
+    return reasons
+
+
+_REASONS = _reasons()
+ANCHORS = tuple(_REASONS)
+
+
+def match(node: fx.Node, facts: Facts) -> Candidate | None:
+    """Always NotAttention, with the reason; None if nothing uses the node."""
+    if node not in facts.live:
+        return None
+    raise NotAttention(_REASONS[node.target])
