@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
-from helpers import run_python
+from triton_interpreter import interpret, needs_interpreter
 
 from varlen_inductor.ops.backends import rows
 
 
 def check() -> None:
-    """Also run by itself, in a process where Triton interprets."""
     for tokens, end_q, end_k in ((5, 3, 5), (5, 5, 0), (3000, 2999, 7), (0, 0, 0)):
         cu_seq_q = torch.tensor([0, 2, end_q], dtype=torch.int32)
         cu_seq_k = torch.tensor([0, 2, end_k], dtype=torch.int32)
@@ -37,16 +35,11 @@ def test_operations() -> None:
     check()
 
 
-@pytest.mark.skipif(rows.triton is None, reason="needs Triton")
+def check_kernels() -> None:
+    rows._with_triton = lambda x: True
+    check()
+
+
+@needs_interpreter
 def test_kernels() -> None:
-    run_python(
-        """
-        import sys
-        sys.path[:0] = ["tests", "tests/ops/backends"]
-        import test_rows
-        from varlen_inductor.ops.backends import rows
-        rows._with_triton = lambda x: True
-        test_rows.check()
-        """,
-        TRITON_INTERPRET="1",
-    )
+    interpret("ops/backends/test_rows", "check_kernels")
