@@ -1,7 +1,7 @@
 """The mask prover: what an attention mask means, proven from how the graph computes it.
 
-`prove` takes the steps that a mask applies to the attention scores and returns a `MaskProof`, or raises `NotProven` with a reason in
-words for the user.  `docs/masks.md` lists the families of masks that are recognised.
+`prove` takes the steps that a mask applies to the attention scores and returns a `MaskProof`, or raises `NotProven` with a
+reason in words for the user.  `docs/masks.md` lists the families of masks that are recognised.
 """
 
 from .errors import NotProven

@@ -8,8 +8,9 @@ not to overflow; everything narrower, and all floating point, keeps its real dty
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -19,8 +20,8 @@ from .expr import Expr, intern_expr, is_integer, text
 
 __all__ = ["Builder", "Size", "size_of"]
 
-Size = int | torch.SymInt | sympy.Expr
-Terms = dict[Expr, int]
+Size: TypeAlias = "int | torch.SymInt | sympy.Expr"
+Terms: TypeAlias = dict[Expr, int]
 
 _RANK = {"k": 0, "q": 1, "b": 2, "h": 3}
 _SMALL_EXACT = 128  # integers up to here, and their neighbours, are exact in every floating dtype
@@ -247,7 +248,16 @@ class Builder:
             if op == "eq":
                 return self._int_eq(self.sub(a, b))
             return self._int_le(self.sub(a, b), -1 if op == "lt" else 0)
-        return self._unrounded(op, a, b) or intern_expr(op, (a, b), None, torch.bool)
+        a, b = (self.const(float(x.payload)) if x.is_const else x for x in (a, b))
+        return self._unrounded(op, a, b) or self._floating(op, a, b)
+
+    def _floating(self, op: str, a: Expr, b: Expr) -> Expr:
+        if a.is_const and b.is_const:
+            compare = {"lt": operator.lt, "le": operator.le, "eq": operator.eq}[op]
+            return self.const(compare(a.payload, b.payload), torch.bool)
+        if op == "eq" and a.is_const:
+            a, b = b, a
+        return intern_expr(op, (a, b), None, torch.bool)
 
     @staticmethod
     def _integral(e: Expr) -> bool:
@@ -393,7 +403,9 @@ class Builder:
         """Positions fit 32 bits; a tensor's 64-bit values need not."""
         if dtype is torch.int64 or e.op in ("index", "cast", "const", "sym"):
             return True
-        return e.dtype is not torch.int64 if e.op == "load" else all(self._fits(a, dtype) for a in e.args if is_integer(a.dtype))
+        if e.op == "load":
+            return e.dtype is not torch.int64
+        return all(self._fits(a, dtype) for a in e.args if is_integer(a.dtype))
 
     def arith(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
         """``op`` in the arithmetic of ``dtype``; Python numbers stay what they are."""
@@ -409,7 +421,7 @@ class Builder:
         if all(a.is_const for a in typed):
             from .lower import fold  # evaluation knows the torch operators; expressions do not
 
-            return self.const(fold(op, [a.payload for a in typed], dtype), dtype)
+            return self.const(fold(op, typed, dtype), dtype)
         return intern_expr(op, typed, None, dtype)
 
     def any_over(self, name: str, body: Expr, body_at_key: Expr) -> Expr:

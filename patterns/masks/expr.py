@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["Expr", "intern_expr", "is_integer", "text", "tensor_name"]
+__all__ = ["Expr", "intern_expr", "is_integer", "tensor_name", "text"]
 
 
 class Expr:
@@ -105,6 +105,8 @@ _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//",
 
 def tensor_name(node: fx.Node) -> str:
     """The name of a tensor as the user wrote it, as far as the graph tells."""
+    if node.op == "call_function" and (call := _call_name(node)) is not None:
+        return call
     name = str(node.target) if node.op in ("placeholder", "get_attr") else node.name
     if re.fullmatch(r"arg\d+_\d+|primals_\d+", name):
         name = node.name
@@ -112,6 +114,17 @@ def tensor_name(node: fx.Node) -> str:
     name = re.sub(r"(_modules_|_buffers_|_parameters_)", ".", name)
     name = re.sub(r"^(args_|kwargs_|self_|self\.|stack\d+_)+", "", name)
     return name.strip("_.") or node.name
+
+
+def _call_name(node: fx.Node) -> str | None:
+    """``attention_mask.sum(1)``: how a leaf was computed, if it takes one short call of an input to say."""
+    source, *others = node.args or (None,)
+    plain = all(isinstance(a, int) or (isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a)) for a in others)
+    if not isinstance(source, fx.Node) or source.op != "placeholder" or not plain or node.kwargs:
+        return None
+    name = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+    shown = [str(a[0]) if isinstance(a, (list, tuple)) and len(a) == 1 else str(a) for a in others]
+    return f"{tensor_name(source)}.{name}({', '.join(shown)})"
 
 
 def text(e: Expr) -> str:

@@ -1,9 +1,9 @@
 """Abstract interpretation: what a node of a pre-dispatch ATen graph holds at a given index, as an index expression.
 
-Interpretation runs on demand, from the mask towards the inputs: the element ``[b, 0, q, k]`` of ``m.unsqueeze(1)`` is the element
-``[b, q, k]`` of ``m``, and so on until inputs, constants and aranges are reached.  Each operator has a rule (`rules_values.py`
-for what computes, `rules_views.py` for what only moves elements); a value without a rule becomes a *leaf*: it is read,
-not looked into, and `Interpreter.why` keeps the reason.
+Interpretation runs on demand, from the mask towards the inputs: the element ``[b, 0, q, k]`` of ``m.unsqueeze(1)`` is the
+element ``[b, q, k]`` of ``m``, and so on until inputs, constants and aranges are reached.  Each operator has a rule
+(`rules_values.py` for what computes, `rules_views.py` for what only moves elements); a value without a rule becomes a *leaf*:
+it is read, not looked into, and `Interpreter.why` keeps the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from torch import fx
 from .algebra import Builder, size_of
 from .expr import Expr, is_integer
 
-__all__ = ["Index", "Interpreter", "Unsupported", "bound_arguments", "op_name", "plain_name", "rule", "value_of", "where_in_source"]
+__all__ = [
+    "Index",
+    "Interpreter",
+    "Unsupported",
+    "bound_arguments",
+    "op_name",
+    "plain_name",
+    "rule",
+    "value_of",
+    "where_in_source",
+]
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Interpreter", fx.Node, dict[str, Any], Index], Expr]
@@ -200,15 +210,22 @@ class Interpreter:
         canonical: dict[fx.Node, fx.Node] = {}
         first: dict[Any, fx.Node] = {}
         for node in graph.nodes:
-            if not op_name(node) or not _is_function(node) or node in self.opaque:
+            involved = (node, *node.all_input_nodes)
+            if op_name(node) not in _PURE or any(n in self.opaque or not _settled(n) for n in involved):
                 continue
-            try:
-                arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: canonical.get(n, n))
-                key = (node.target, repr(arguments))
-            except (TypeError, RuntimeError):
-                continue
-            canonical[node] = first.setdefault(key, node)
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: canonical.get(n, n))
+            canonical[node] = first.setdefault((node.target, repr(arguments)), node)
         return canonical
+
+
+# Functions of their arguments alone that masks are computed with and that are not looked into.
+_PURE = frozenset(
+    (
+        *("sum", "cumsum", "any", "all", "max", "min", "amax", "amin", "argmax", "argmin", "count_nonzero", "mean"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "rsub", "div", "clamp", "logical_not", "bitwise_not"),
+        *("index", "gather", "embedding", "to", "_to_copy", "unsqueeze", "squeeze", "view", "reshape", "expand", "slice"),
+    )
+)
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:
@@ -244,13 +261,6 @@ def _is_fresh(node: fx.Node) -> bool:
     return name not in _MAYBE_VIEWS and all(r.alias_info is None for r in target._schema.returns)
 
 
-_MAYBE_VIEWS = frozenset({"to", "contiguous", "reshape", "flatten", "type_as", "expand_as", "view_as", "reshape_as", "meshgrid"})
-
-
-def _is_function(node: fx.Node) -> bool:
-    """Whether equal arguments give an equal value: no write, no random numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    random = torch.Tag.nondeterministic_seeded in target.tags or torch.Tag.nondeterministic_bitwise in target.tags
-    return not target._schema.is_mutable and not random and not any(_writes_to(user, node) for user in node.users)
+_MAYBE_VIEWS = frozenset(
+    {"to", "contiguous", "reshape", "flatten", "type_as", "expand_as", "view_as", "reshape_as", "meshgrid"}
+)

@@ -1,7 +1,7 @@
 """From an index expression back to tensor operators.
 
-One walk serves three uses, which differ only in `call`: with `run` the operators are executed on real tensors (reference evaluation,
-truth tables, constant folding); with `fx_call` they are inserted into a graph, each with its fake value.
+One walk serves three uses, which differ only in `call`: with `run` the operators are executed on real tensors (reference
+evaluation, truth tables, constant folding); with `fx_call` they are inserted into a graph, each with its fake value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ _COMPARE: dict[str, tuple[Any, Any]] = {
     "le": (aten.le, aten.ge),
     "eq": (aten.eq, aten.eq),
 }
-_UNARY: dict[str, Any] = {"not": aten.logical_not.default, "neg": aten.neg.default, "abs": aten.abs.default, "log": aten.log.default}
+_TAKES_NUMBERS = frozenset({"add", "sub", "mul", "div", "times", "mod"})
+_UNARY: dict[str, Any] = {
+    "not": aten.logical_not.default,
+    "neg": aten.neg.default,
+    "abs": aten.abs.default,
+    "log": aten.log.default,
+}
 
 
 def run(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,11 +73,12 @@ def fx_call(graph: fx.Graph, fake_mode: Any) -> Call:
     return call
 
 
-def fold(op: str, values: Sequence[Any], dtype: torch.dtype) -> Any:
-    """The number that ``op`` gives on constants, in the arithmetic of ``dtype``."""
-    tensors = [torch.full((1,), v, dtype=dtype, device="cpu") for v in values]
+def fold(op: str, operands: Sequence[Expr], dtype: torch.dtype) -> Any:
+    """The number that ``op`` gives on constants, in the arithmetic of ``dtype``; Python numbers are weak as torch has them."""
     target = _BINARY.get(op) or _UNARY[op]
-    return target(*tensors).to(dtype).item()
+    weak = len(operands) == 2 and op in _TAKES_NUMBERS and operands[1].dtype is None and operands[0].dtype is not None
+    tensors = [torch.full((1,), e.payload, dtype=e.dtype or dtype, device="cpu") for e in operands[: 1 if weak else None]]
+    return target(*tensors, *(e.payload for e in operands[len(tensors) :])).to(dtype).item()
 
 
 class Axis(Protocol):
@@ -170,8 +177,7 @@ class Lowering:
 
     def _binary(self, e: Expr) -> Any:
         a, b = e.args
-        takes_numbers = e.op in ("add", "sub", "mul", "div", "times", "mod")
-        return self.call(_BINARY[e.op], self.tensor(a), self(b) if takes_numbers else self.tensor(b))
+        return self.call(_BINARY[e.op], self.tensor(a), self(b) if e.op in _TAKES_NUMBERS else self.tensor(b))
 
     def _linear(self, e: Expr) -> Any:
         coefs, const = e.payload

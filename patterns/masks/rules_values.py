@@ -87,7 +87,7 @@ def _copy(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
 def _dropout(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
     if a.get("train") and a.get("p"):
         raise Unsupported("random dropout is applied to the mask")
-    return it.at(a.get("input", a.get("self")), idx)
+    return it.at(a["input"] if "input" in a else a["self"], idx)
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
@@ -205,7 +205,8 @@ def _where(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
         raise Unsupported
     dtype = value_of(node).dtype
     condition = it.b.cast(it.arg(a["condition"], idx), torch.bool)
-    return it.b.where(condition, *(typed(it, it.arg(a[x], idx), dtype) for x in ("self", "other")), dtype)
+    chosen, other = (typed(it, it.arg(a[x], idx), dtype) for x in ("self", "other"))
+    return it.b.where(condition, chosen, other, dtype)
 
 
 @rule("masked_fill")
@@ -245,8 +246,8 @@ def _any(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
         whole = [it.b.cast(it.at(source, (*rest[:dim], i, *rest[dim:])), torch.bool) for i in _both(it, name)]
     finally:
         it.depth -= 1
-    if "q" not in whole[0].free:
-        raise Unsupported("it is one flag per batch row")
+    if "q" not in whole[0].free or {"k", "h"} & whole[0].free:
+        raise Unsupported("it is a reduction that is not one flag per query")
     if any(_has_any(e) for e in whole):
         raise Unsupported("it is a reduction of a reduction")
     if plain_name(node) == "any":

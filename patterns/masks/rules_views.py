@@ -114,9 +114,7 @@ def _slice_start(it: Interpreter, a: Arguments, size: Any, length: Any) -> tuple
 @rule("flip")
 def _flip(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
     shape, dims = _shape(node), {d % len(idx) for d in a["dims"]}
-    return it.at(
-        a["self"], tuple(it.b.sub(it.b.size(size_of(shape[d]) - 1), i) if d in dims else i for d, i in enumerate(idx))
-    )
+    return it.at(a["self"], tuple(it.b.sub(it.b.size(size_of(shape[d]) - 1), i) if d in dims else i for d, i in enumerate(idx)))
 
 
 # ------------------------------------------------------------------------------------------------------- folded shapes
@@ -260,9 +258,7 @@ def _slice_scatter(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> 
     if step != 1:
         raise Unsupported("an assignment to a slice with a step")
     position = it.b.sub(idx[dim], start)
-    inside = it.b.and_(
-        it.b.compare("ge", position, it.b.integer(0)), it.b.compare("lt", position, it.b.size(length))
-    )
+    inside = it.b.and_(it.b.compare("ge", position, it.b.integer(0)), it.b.compare("lt", position, it.b.size(length)))
     value = it.arg(a["src"], (*idx[:dim], position, *idx[dim + 1 :]))
     return it.b.where(inside, typed(it, value, dtype), it.at(a["self"], idx), dtype)
 

@@ -1,8 +1,8 @@
 """The truth table of a mask: which conditions it depends on, and what it does for every combination of them.
 
-A *variable* is something that the mask's value depends on: a boolean leaf, an integer that is compared with constants (its classes
-are the intervals between them), a numeric leaf used in arithmetic (presumed to hold one of two values), or a flag "any key …".
-Evaluating the mask's expression on the grid of all classes, with real torch arithmetic, is its truth table.
+A *variable* is something that the mask's value depends on: a boolean leaf, an integer that is compared with constants (its
+classes are the intervals between them), a numeric leaf used in arithmetic (presumed to hold one of two values), or a flag "any
+key …".  Evaluating the mask's expression on the grid of all classes, with real torch arithmetic, is its truth table.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from .algebra import Builder
 from .errors import NotProven
 from .expr import Expr, is_integer, text
-from .interpret import Interpreter, where_in_source
 from .lower import Lowering, run
 
-__all__ = ["Variable", "build_predicate", "evaluate", "find_variables"]
+__all__ = ["Variable", "build_predicate", "evaluate", "find_variables", "is_document", "table_lowering"]
 
 MAX_ROWS = 4096
-_ASSUMED: dict[bool, tuple[tuple[float, ...], ...]] = {False: ((0, 1),), True: ((0.0, 1.0), (0.0, -math.inf))}
+_KEEP_OR_HIDE = (0, 1)  # a mask to compute with
+_BIAS = (0.0, -math.inf)  # a mask to add
 Interval = tuple[int | None, int | None]
 
 
@@ -62,6 +62,7 @@ class _Collector:
         self.flags: dict[Expr, None] = {}
         self.cuts: dict[Expr, set[int]] = {}
         self.loads: dict[Expr, None] = {}
+        self.scaled: set[Expr] = set()  # loads that are multiplied, subtracted or negated
         self._seen: set[Expr] = set()
 
     def visit(self, e: Expr) -> None:
@@ -83,6 +84,8 @@ class _Collector:
         elif e.op in ("index", "sym", "times", "floordiv", "mod"):
             raise NotProven(f"it adds a bias that depends on the position (`{text(e)}`), not a mask")
         else:
+            if e.op in ("mul", "sub", "div", "neg", "log", "linear"):
+                self.scaled.update(_arithmetic_parts(e))
             for a in e.args:
                 self.visit(a)
 
@@ -135,12 +138,19 @@ def find_variables(b: Builder, exprs: Sequence[Expr]) -> Iterator[tuple[Variable
     fixed = [Variable(e, "bool", (False, True)) for e in collector.bools]
     fixed += [Variable(e, "any", (False, True)) for e in collector.flags]
     fixed += [_integer_variable(b, x, cuts) for x, cuts in collector.cuts.items()]
-    assumed = [[Variable(e, "value", values) for values in _ASSUMED[not is_integer(e.dtype)]] for e in collector.loads]
+    assumed = [[Variable(e, "value", values) for values in _assumed(e, e in collector.scaled)] for e in collector.loads]
     for choice in itertools.product(*assumed):
         variables = tuple(sorted([*fixed, *choice], key=lambda v: (v.kind == "any", v.text)))
         if math.prod(len(v.values) for v in variables) > MAX_ROWS:
             raise NotProven(f"it combines too many conditions ({len(variables)}) to be decided")
         yield variables
+
+
+def _assumed(load: Expr, scaled: bool) -> list[tuple[float, ...]]:
+    """The pairs of values that a numeric mask may be presumed to hold, the likelier first."""
+    if is_integer(load.dtype):
+        return [_KEEP_OR_HIDE]
+    return [_KEEP_OR_HIDE, _BIAS] if scaled else [_BIAS, _KEEP_OR_HIDE]
 
 
 def _integer_variable(b: Builder, x: Expr, cuts: set[int]) -> Variable:
@@ -251,10 +261,3 @@ def _in_intervals(b: Builder, x: Expr, intervals: Sequence[Interval]) -> Expr:
             inside = inside if last is None else b.and_(inside, b.compare("le", x, b.integer(last)))
         result = b.or_(result, inside)
     return result
-
-
-def describe_leaf(it: Interpreter, e: Expr) -> str:
-    """Names the tensor behind a load, and says why it was not looked into."""
-    node = e.payload
-    why = it.why.get(node, "")
-    return f"`{text(e)}`{where_in_source(node)}" + (f": {why}" if why else "")
