@@ -1,0 +1,5 @@
+"""What Inductor makes of our operators. Importing this package registers it; see the modules for what each does."""
+
+from . import packing
+
+packing.register()

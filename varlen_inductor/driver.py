@@ -73,6 +73,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inn
         inner: the compiler for what the passes made.
         route: how we were called (for the report).
     """
+    _compat.import_operators()
     if not _may_have_attention(gm):
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
@@ -90,6 +91,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inn
 
 def rewrite_in_place(gm: fx.GraphModule) -> report.Report:
     """The pass form: attention only, in the module that Inductor goes on with."""
+    _compat.import_operators()
     rewrite = rewrite_graph(gm, mode="off" if config.packing == "off" else "attention")
     if rewrite.gm is not None:
         replace_body(gm, rewrite.gm)
