@@ -1,0 +1,155 @@
+"""One attention over a padded batch: what padding costs, and what a varlen call makes of it.
+
+    python benchmarks/attention.py [--device cuda|cpu] [--output FOLDER]
+
+For each configuration: the padded masked SDPA that PyTorch picks, PyTorch's own `varlen_attn` on packed tokens (CUDA), ours, and
+the padded SDPA compiled with our flag (attention-only form, pack and unpack included). TFLOP/s count useful work only:
+4 · H · D · Σ len², halved when causal, times 3.5 for forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import median_ms, save
+
+import varlen_inductor
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    causal: bool = False
+    multiple: int = 1
+
+    def lengths(self) -> torch.Tensor:
+        """Random lengths; the first row is full."""
+        generator = torch.Generator().manual_seed(1)
+        high = self.length // self.multiple
+        lengths = torch.randint(1, high + 1, (self.batch,), generator=generator) * self.multiple
+        lengths[0] = self.length
+        return lengths
+
+
+CUDA_CONFIGS = (
+    Config("seed", 8, 2048, 16, 64, multiple=64),
+    Config("d128", 8, 4096, 16, 128),
+    Config("d128c", 8, 4096, 16, 128, causal=True),
+    Config("bert", 64, 512, 12, 64),
+)
+CPU_CONFIGS = (Config("bert", 8, 256, 12, 64), Config("bert causal", 8, 256, 12, 64, causal=True))
+
+
+def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[torch.Tensor]]]:
+    """Each variant as a function and the tensors it is differentiated by."""
+    lengths = config.lengths().to(device)
+    mask = (torch.arange(config.length, device=device)[None] < lengths[:, None])[:, None, None, :]
+    if config.causal:
+        mask = mask & torch.ones(config.length, config.length, dtype=torch.bool, device=device).tril()
+    shape = (config.batch, config.length, config.heads, config.head_dim)
+    padded = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    tokens = int(lengths.sum())
+    packed = [torch.randn((tokens, *shape[2:]), device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    cu_seqlens = torch.zeros(config.batch + 1, dtype=torch.int32, device=device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    window = (-1, 0) if config.causal else (-1, -1)
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+    def from_padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(config.length, device=device)
+        valid = (position[None] < lengths[:, None])[:, None, None, :]
+        if config.causal:
+            valid = valid & (position[None] <= position[:, None])
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=valid).transpose(1, 2)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return varlen_inductor.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window)
+
+    from varlen_inductor.backend import varlen_inductor as backend
+
+    compiled = torch.compile(from_padding, backend=backend, options={"varlen.packing": "attention"}, fullgraph=True)
+    found: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
+        "padded SDPA": (lambda: sdpa(*padded), padded),
+        "ours on packed tokens": (lambda: ours(*packed), packed),
+        "padded SDPA under our flag": (lambda: compiled(*padded, lengths), padded),
+    }
+    if device == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        found["torch varlen_attn"] = (
+            lambda: varlen_attn(*packed, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window),
+            packed,
+        )
+    return found
+
+
+def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    lengths = config.lengths()
+    flops = 4 * config.heads * config.head_dim * float((lengths.double() ** 2).sum()) * (0.5 if config.causal else 1.0)
+    rows = []
+    for name, (function, inputs) in variants(config, device, dtype).items():
+        with torch.no_grad():
+            forward = median_ms(function, device)
+        gradient = torch.randn_like(function())
+
+        def both(function: Any = function, inputs: Any = inputs, gradient: Any = gradient) -> None:
+            torch.autograd.grad(function(), inputs, gradient)
+
+        backward = median_ms(both, device)
+        rows.append(
+            {
+                "config": config.name,
+                "variant": name,
+                "tokens": int(lengths.sum()),
+                "density": round(float(lengths.sum()) / (config.batch * config.length), 3),
+                "forward_ms": forward,
+                "forward_backward_ms": backward,
+                "forward_tflops": flops / forward / 1e9,
+                "forward_backward_tflops": 3.5 * flops / backward / 1e9,
+            }
+        )
+    base = rows[0]
+    for row in rows:
+        row["forward_speedup"] = base["forward_ms"] / row["forward_ms"]
+        row["forward_backward_speedup"] = base["forward_backward_ms"] / row["forward_backward_ms"]
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(f"{'config':12} {'variant':28} {'fwd ms':>9} {'TFLOP/s':>8} {'x':>6} {'f+b ms':>9} {'TFLOP/s':>8} {'x':>6}")
+    for r in rows:
+        print(
+            f"{r['config']:12} {r['variant']:28} {r['forward_ms']:9.3f} {r['forward_tflops']:8.1f} {r['forward_speedup']:6.2f}"
+            f" {r['forward_backward_ms']:9.3f} {r['forward_backward_tflops']:8.1f} {r['forward_backward_speedup']:6.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--output", type=Path, default=None)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    rows = []
+    for config in CUDA_CONFIGS if options.device == "cuda" else CPU_CONFIGS:
+        torch._dynamo.reset()
+        rows += run(config, options.device, dtype)
+    show(rows)
+    print("wrote", save(f"attention-{options.device}", options.device, rows, options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the benchmarks share: machines, timing, results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+
+
+def device_name(device: str) -> str:
+    """The name of the accelerator, or of the processor and its core count."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a number depends on besides the code."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    found = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+    }
+    if device == "cuda":
+        import triton
+
+        found["triton"] = triton.__version__
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def median_ms(function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5) -> float:
+    """Median time of one call in milliseconds: device events on CUDA (``do_bench``), the wall clock on the CPU."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=100, rep=400, return_mode="median"))
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def wall_ms(function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5) -> float:
+    """Median wall time of one call in milliseconds, the device idle before and after."""
+
+    def synced() -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(warmup):
+        synced()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        synced()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def interleaved_wall_ms(
+    functions: dict[str, Callable[[], Any]], device: str, *, repeat: int = 20, warmup: int = 3
+) -> dict[str, float]:
+    """Median wall times of several functions that take turns, so that drift of the machine meets all alike."""
+
+    def once(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for function in functions.values():
+        for _ in range(warmup):
+            once(function)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeat):
+        for name, function in functions.items():
+            times[name].append(once(function))
+    return {name: statistics.median(values) * 1e3 for name, values in times.items()}
+
+
+def save(name: str, device: str, rows: Any, output: Path | None = None) -> Path:
+    """Write results as JSON, beside what they depend on."""
+    folder = output or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(device), "results": rows}, indent=1) + "\n")
+    return path
