@@ -37,6 +37,8 @@ PROGRAM = """
         "plain": counted(),
     }}))
 """
+# All of them read the cache that the first has filled.
+pytestmark = pytest.mark.xdist_group("cache")
 HIT, MISS = [1, 0, 0, 0], [0, 1, 0, 0]
 
 

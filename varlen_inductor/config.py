@@ -99,6 +99,11 @@ def check() -> None:
             raise ValueError(problem)
 
 
+def default_of(name: str) -> Any:
+    """The value a knob has when nobody sets it."""
+    return _knobs()[name]
+
+
 def _knobs() -> dict[str, Any]:
     """Each knob with its default (whose type is the type of the knob)."""
     entries = sys.modules[__name__]._config  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+"""``python -m varlen_inductor doctor``: what this machine can run, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "nvidia-cudnn-frontend", "flash-attn", "flash-attn-4")
+
+# The extra of pyproject.toml that brings the package a backend needs.
+EXTRAS = {"flash-attn": "flash", "flash-attn-4": "fa4", "nvidia-cudnn-frontend": "cudnn"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the diagnosis; 1 if the backend cannot be used at all."""
+    argparse.ArgumentParser(prog="varlen_inductor doctor", description=__doc__).parse_args(argv)
+    print("\n\n".join((machine(), *devices(), switches(), missing())))
+    return 0 if "varlen_inductor" in torch._dynamo.list_backends() else 1
+
+
+def machine() -> str:
+    """Versions of what we depend on and of what could bring more kernels."""
+    lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    lines += [f"{package:<22} {version(package)}" for package in ("varlen-inductor", *PACKAGES)]
+    return "\n".join(lines)
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> Iterator[str]:
+    """For each device, which kernels can run a plain attention there, and why the others cannot."""
+    from varlen_inductor.ops.backends import BACKENDS
+    from varlen_inductor.ops.problem import Problem
+    from varlen_inductor.report import table
+
+    for device, name, dtypes in _present():
+        rows = []
+        for backend in BACKENDS:
+            problems = [Problem(device, dtype, num_heads=8, num_heads_k=8, head_dim=64, head_dim_v=64) for dtype in dtypes]
+            reasons = [backend.supports(problem) for problem in problems]
+            rows.append((backend.name, *("yes" if reason is None else reason for reason in reasons)))
+        header = ("kernel", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        yield f"{name}: attention with 8 heads of 64, in order of preference\n{table(header, rows)}"
+
+
+def _present() -> Iterator[tuple[torch.device, str, tuple[torch.dtype, ...]]]:
+    yield torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", (torch.float32, torch.bfloat16)
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index}, {properties.name}, compute capability {properties.major}.{properties.minor}"
+        yield torch.device("cuda", index), name, (torch.bfloat16, torch.float16, torch.float32)
+
+
+def switches() -> str:
+    """How the package is turned on here, and which knobs are not at their default."""
+    from varlen_inductor import config, switch
+
+    listed = "varlen_inductor" in torch._dynamo.list_backends()
+    lines = [
+        'torch.compile(backend="varlen_inductor"): '
+        + ("found" if listed else "not found: install the package (pip install -e .), it is only on the path"),
+        f"VARLEN_INDUCTOR={os.environ.get('VARLEN_INDUCTOR', '')!r}: every backend=\"inductor\" compile is "
+        + ("rewritten" if switch.is_enabled() else "left alone"),
+    ]
+    for name, value in config.get_config_copy().items():
+        problem = config.problem_with(name, value)
+        if problem is not None:
+            lines.append(f"config.{name}: {problem}")
+        elif value != config.default_of(name):
+            lines.append(f"config.{name} = {value!r} (default {config.default_of(name)!r})")
+    return "\n".join(lines)
+
+
+def missing() -> str:
+    """What to install for more kernels."""
+    if not torch.cuda.is_available():
+        return "More kernels need a CUDA device."
+    lines = [
+        f"pip install 'varlen-inductor[{extra}]'   # {package}"
+        for package, extra in EXTRAS.items()
+        if version(package) == "not installed"
+    ]
+    return "For more kernels:\n" + "\n".join(lines) if lines else "Every optional package is installed."
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
