@@ -60,7 +60,7 @@ def _with_triton(x: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _zero_behind(x: Any, end: Any, rows: Any, row_size: Any, BLOCK: tl.constexpr) -> None:
+    def _zero_behind(x, end, rows, row_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         program, programs = tl.program_id(0), tl.num_programs(0)
         stop = rows.to(tl.int64) * row_size
         for start in range(tl.load(end).to(tl.int64) * row_size + program * BLOCK, stop, programs * BLOCK):
@@ -68,7 +68,7 @@ if triton is not None:
             tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < stop)
 
     @triton.jit
-    def _finish_forward(out: Any, lse: Any, end: Any, rows: Any, row_size: Any, lse_size: Any, BLOCK: tl.constexpr) -> None:
+    def _finish_forward(out, lse, end, rows, row_size, lse_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         _zero_behind(out, end, rows, row_size, BLOCK)
         program, programs = tl.program_id(0), tl.num_programs(0)
         first_behind = tl.load(end)
@@ -80,18 +80,18 @@ if triton is not None:
 
     @triton.jit
     def _finish_backward(
-        grad_query: Any,
-        grad_key: Any,
-        grad_value: Any,
-        end_q: Any,
-        end_k: Any,
-        rows_q: Any,
-        rows_k: Any,
-        row_size_q: Any,
-        row_size_k: Any,
-        row_size_v: Any,
+        grad_query,
+        grad_key,
+        grad_value,
+        end_q,
+        end_k,
+        rows_q,
+        rows_k,
+        row_size_q,
+        row_size_k,
+        row_size_v,
         BLOCK: tl.constexpr,
-    ) -> None:
+    ):  # type: ignore[no-untyped-def]
         _zero_behind(grad_query, end_q, rows_q, row_size_q, BLOCK)
         _zero_behind(grad_key, end_k, rows_k, row_size_k, BLOCK)
         _zero_behind(grad_value, end_k, rows_k, row_size_v, BLOCK)
