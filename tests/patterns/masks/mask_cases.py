@@ -1,0 +1,190 @@
+"""What the tests of the mask prover share: record a mask program as a graph, prove it, and check the proof by brute force."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from varlen_inductor.patterns.masks import MaskOp, MaskProof, NotProven, Predicate, ScoreLayout, prove
+
+LAYOUT = (("b",), ("h",), ("q",), ("k",))
+
+
+def record(program: Callable[..., torch.Tensor], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
+    """The pre-dispatch graph of a program on inputs of these shapes and dtypes."""
+    return make_fx(program, pre_dispatch=True, tracing_mode="symbolic" if dynamic else "fake")(*inputs)
+
+
+def output_of(gm: fx.GraphModule) -> fx.Node:
+    (node,) = (n for n in gm.graph.nodes if n.op == "output")
+    return node.args[0]
+
+
+@dataclass
+class Case:
+    """A mask of scores (b, h, q, k), computed by a graph."""
+
+    gm: fx.GraphModule
+    b: int
+    h: int
+    q: int
+    k: int
+    dtype: torch.dtype = torch.float32
+    spelling: str = "sdpa"
+    is_causal: bool = False
+    dims: tuple[tuple[str, ...], ...] = LAYOUT
+
+    @property
+    def mask(self) -> fx.Node:
+        return output_of(self.gm)
+
+    def prove(self, **options: Any) -> MaskProof:
+        kind = "bool" if self.mask.meta["val"].dtype is torch.bool else "add"
+        sizes = {"b": self.b, "h": self.h, "q": self.q, "k": self.k}
+        return prove(
+            [MaskOp(kind, self.mask)],
+            ScoreLayout(self.dims, sizes),
+            self.dtype,
+            is_causal=self.is_causal,
+            spelling=self.spelling,
+            **options,
+        )
+
+    def refusal(self, **options: Any) -> str:
+        """The reason why the mask is refused; fails if it is proven."""
+        try:
+            proof = self.prove(**options)
+        except NotProven as refusal:
+            return refusal.reason
+        raise AssertionError(f"proven: {proof.description}")
+
+
+def summary(proof: MaskProof) -> str:
+    """A proof on a few lines, for expected texts."""
+    lines = [proof.description, f"no valid key: {proof.no_valid_key}"]
+    lines += [f"obligation: {o.text}" for o in proof.obligations]
+    lines += [f"assumption: {proof.assumption}"] if proof.assumption else []
+    lines += ["prefix"] if proof.key is not None and proof.key.is_prefix else []
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------- brute force
+
+
+def values_of(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:
+    """The value of every node of the graph on these inputs."""
+    interpreter = fx.Interpreter(gm)
+    interpreter.garbage_collect_values = False
+    interpreter.run(*inputs)
+    return interpreter.env
+
+
+def visible(proof: MaskProof, env: Mapping[fx.Node, Any], case: Case) -> torch.Tensor:
+    """Which keys each query sees according to the proof: bool (b, 1, q, k)."""
+    see = torch.ones(case.b, 1, case.q, case.k, dtype=torch.bool)
+    if proof.key is not None:
+        see = see & evaluate(proof.key, env, case.b, case.k)[:, None, None, :]
+    if proof.query is not None:
+        see = see & evaluate(proof.query, env, case.b, case.q)[:, None, :, None]
+    offset = torch.arange(case.k)[None, :] - torch.arange(case.q)[:, None]
+    if proof.window_left >= 0:
+        see = see & (offset >= -proof.window_left)
+    if proof.window_right >= 0:
+        see = see & (offset <= proof.window_right)
+    return see
+
+
+def evaluate(predicate: Predicate, env: Mapping[fx.Node, Any], b: int, s: int) -> torch.Tensor:
+    value = predicate.evaluate({leaf: env[leaf] for leaf in predicate.leaves}, b, s)
+    assert value.shape == (b, s)
+    assert value.dtype is torch.bool
+    return value
+
+
+def emitted(case: Case, predicate: Predicate, s: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The predicate as computed by the nodes that it emits into a copy of the graph."""
+    nodes = dict(zip(case.gm.graph.nodes, copy_graph(case.gm).graph.nodes, strict=True))
+    target = next(iter(nodes.values())).graph.owning_module
+    moved = _on_copy(predicate, nodes)
+    (out,) = (n for n in target.graph.nodes if n.op == "output")
+    with target.graph.inserting_before(out):
+        node = moved.emit(target.graph, case.b, s)
+    fake = node.meta["val"]
+    assert fake.shape == (case.b, s)
+    assert fake.dtype is torch.bool
+    out.args = (node,)
+    target.graph.lint()
+    target.recompile()
+    return target(*inputs)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    new = fx.GraphModule(gm, fx.Graph())
+    new.graph.output(new.graph.graph_copy(gm.graph, {}))
+    (a,), (b,) = ([n for n in g.graph.nodes if n.op == "output"] for g in (gm, new))
+    b.meta = copy.copy(a.meta)
+    return new
+
+
+def _on_copy(predicate: Predicate, nodes: Mapping[fx.Node, fx.Node]) -> Predicate:
+    from varlen_inductor.patterns.masks.expr import Expr, intern_expr
+
+    def move(e: Expr) -> Expr:
+        payload = nodes[e.payload] if e.op == "load" else e.payload
+        return intern_expr(e.op, tuple(move(a) for a in e.args), payload, e.dtype)
+
+    return Predicate(move(predicate.expr), predicate.axis)
+
+
+def attend(scores: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, case: Case) -> torch.Tensor:
+    """Eager attention of these scores (made by a query of one-hot rows for SDPA), masked as the case says."""
+    if case.spelling == "sdpa":
+        # q = scores and k = identity: q @ k^T gives the scores back.
+        eye = torch.eye(case.k, dtype=case.dtype).expand(case.b, case.h, case.k, case.k)
+        if mask is not None and mask.dtype is not torch.bool:
+            mask = mask.to(case.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(scores, eye, v, attn_mask=mask, scale=1.0)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
+def check(case: Case, proof: MaskProof, inputs: Sequence[torch.Tensor]) -> bool:
+    """Compare every claim of the proof with eager on these inputs; False if an obligation does not hold for them."""
+    env = values_of(case.gm, inputs)
+    if not all(o.evaluate({o.leaf: env[o.leaf]}) for o in proof.obligations):
+        return False
+    see = visible(proof, env, case).expand(case.b, case.h, case.q, case.k)
+    mask = env[case.mask]
+    shown = (mask if mask.dtype is torch.bool else mask == 0).expand_as(see)
+    sighted = see.any(-1)  # what becomes of the others is `no_valid_key`
+    assert torch.equal(shown[sighted], see[sighted]), f"{proof.description}\n{mask}\n{see}"
+    for predicate, s in ((proof.key, case.k), (proof.query, case.q)):
+        if predicate is not None:
+            assert torch.equal(emitted(case, predicate, s, inputs), evaluate(predicate, env, case.b, s))
+    _check_attention(case, proof, see, mask)
+    return True
+
+
+def _check_attention(case: Case, proof: MaskProof, see: torch.Tensor, mask: torch.Tensor) -> None:
+    scores = torch.randn(case.b, case.h, case.q, case.k, dtype=case.dtype)
+    v = torch.randn(case.b, case.h, case.k, 3, dtype=case.dtype)
+    eager = attend(scores, v, mask, case)
+    blind = ~see.any(-1)
+    tolerance = {"rtol": 1e-2, "atol": 2e-2} if case.dtype in (torch.float16, torch.bfloat16) else {"rtol": 2e-3, "atol": 2e-3}
+    plain = torch.softmax(scores.masked_fill(~see, -torch.inf), -1).nan_to_num() @ v
+    torch.testing.assert_close(eager[~blind], plain[~blind], **tolerance)
+    expected = {
+        "zero": torch.zeros_like(eager),
+        "nan": torch.full_like(eager, torch.nan),
+        "uniform": v.mean(-2, keepdim=True).expand_as(eager),
+        "unmasked": attend(scores, v, None, case),
+        "other": eager,
+    }[proof.no_valid_key]
+    torch.testing.assert_close(eager[blind], expected[blind], equal_nan=True, **tolerance)
