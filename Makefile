@@ -3,12 +3,13 @@
 # Each target makes its own environment in .venv the first time, with the torch of constraints.txt.
 #   make test PYTHON=python3.12      another interpreter for that environment
 #   make demo VENV= PYTHON=python3   no environment: an interpreter that has torch and the other packages already
-#   make test PYTEST_ARGS="-k cache" more arguments for pytest
+#   make test TESTS=tests/ops PYTEST_ARGS="-k dropout"
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV ?= .venv
 WORKERS ?= 2
+TESTS ?= tests
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -26,7 +27,7 @@ demo: $(READY)
 	$(RUN) -m varlen_inductor demo
 
 test: $(READY)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup tests $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS) $(PYTEST_ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .
