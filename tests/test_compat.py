@@ -100,13 +100,16 @@ def test_dynamo_attributes() -> None:
     graph = fx.Graph()
     graph.output(graph.graph_copy(original.graph, {}))
     copy = fx.GraphModule(original, graph)
+    copy.register_buffer("constant", torch.ones(1))
     _compat.adopt_dynamo_attributes(copy, original)
     for ours, theirs in zip(
         copy.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True
     ):
         assert ours._dynamo_source is theirs._dynamo_source
         assert ours.meta["example_value"] is theirs.meta["example_value"]
-    assert copy._param_name_to_source is original._param_name_to_source
+    sources = copy._param_name_to_source
+    assert {name: source for name, source in sources.items() if name != "constant"} == original._param_name_to_source
+    assert "constant" in sources
 
 
 def test_materialise() -> None:
@@ -129,6 +132,14 @@ def test_graph_pass() -> None:
 def test_counters() -> None:
     _compat.counters()["something"] += 1
     assert torch._dynamo.utils.counters["varlen_inductor"]["something"] == 1
+
+
+def test_register_log() -> None:
+    from torch._logging._internal import log_registry
+
+    _compat.register_log()
+    assert log_registry.is_log("varlen_inductor")
+    assert log_registry.log_alias_to_log_qnames["varlen_inductor"] == ["varlen_inductor"]
 
 
 def test_structured_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,23 @@ def adopt_dynamo_attributes(gm: fx.GraphModule, original: fx.GraphModule) -> Non
         for key in ("example_value", "tensor_dict", "grapharg"):
             if key in theirs.meta:
                 ours.meta.setdefault(key, theirs.meta[key])
+    declare_constants(gm)
+
+
+def declare_constants(gm: fx.GraphModule) -> None:
+    """Say where the tensors that the module itself holds come from.
+
+    AOTAutograd makes them inputs of the graph and wants a source for each once ``_param_name_to_source`` is there. Read in
+    2.11, 2.13.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    known = getattr(gm, "_param_name_to_source", None)
+    if known is None:
+        return
+    names = [name for name, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]
+    ours = {name: ConstantSource(f"varlen_constant_{name}") for name in names if name not in known}
+    gm._param_name_to_source = {**known, **ours}  # type: ignore[assignment]
 
 
 def compile_id() -> str:
@@ -206,6 +223,13 @@ def counters() -> Counter[str]:
     from torch._dynamo.utils import counters as pages
 
     return pages["varlen_inductor"]  # type: ignore[no-any-return]
+
+
+def register_log() -> None:
+    """Make ``varlen_inductor`` a name that ``TORCH_LOGS`` knows. Read in 2.11, 2.13."""
+    from torch._logging._internal import register_log as register
+
+    register("varlen_inductor", "varlen_inductor")
 
 
 def structured_trace_wanted() -> bool:
