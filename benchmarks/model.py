@@ -103,10 +103,9 @@ class ByHand(nn.Module):
 
 
 def make(config: Config, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The model, a batch, and the mask of valid positions. Lengths as in benchmarks/attention.py."""
+    """The model, a batch, and the mask of valid positions, whose lengths are uniform between 1 and the whole length."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, config.length + 1, (config.batch,), generator=generator)
-    lengths[0] = config.length
     mask = (torch.arange(config.length)[None] < lengths[:, None]).to(device)
     ids = torch.randint(5, 30000, mask.shape, device=device)
     torch.manual_seed(0)

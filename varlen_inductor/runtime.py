@@ -53,36 +53,45 @@ class PackedProgram:
 
     def __call__(self, *args: Any) -> Any:
         with _compat.plain_dispatch():
-            outcome = self.plan(*args)
-            masks = outcome[: self.domains]
-            rows = self._rows(masks, outcome[self.domains :], args)
-            plans = None if rows is None else [packing.plan_packed(mask, n) for mask, n in zip(masks, rows)]
-        if plans is None:
+            inputs = self._plan(args)
+        if inputs is None:
             return self.padded(*args)
-        inputs = [tensor for one in plans for tensor in one]
         for index in inputs[::3]:
             torch._dynamo.maybe_mark_dynamic(index, 0)
         return self.body(*args, *inputs)
 
-    def _rows(self, masks: Sequence[torch.Tensor], flags: Sequence[torch.Tensor], args: Sequence[Any]) -> list[int] | None:
-        """How many rows each domain is packed into, or None when the padded graph should run."""
+    def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
+        """The inputs that the body has besides those of the graph, or None when the padded graph should run."""
+        outcome = self.plan(*args)
+        masks, flags = outcome[: self.domains], outcome[self.domains :]
+        pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
         # One tensor and one copy, so that the host waits for the device once.
-        numbers = torch.stack([mask.sum() for mask in masks] + [flag.to(torch.int64) for flag in flags]).tolist()
-        counts, facts = numbers[: self.domains], numbers[self.domains :]
+        known = [plan.count for plan in pending] + [flag.to(torch.int64).view(1) for flag in flags]
+        numbers = (known[0] if len(known) == 1 else torch.cat(known)).tolist()
+        counts = numbers[: self.domains]
         positions = [mask.numel() for mask in masks]
-        if not all(facts) or min(counts) == 0 or sum(counts) > self.max_density * sum(positions):
+        if not all(numbers) or sum(counts) > self.max_density * sum(positions):
             return None
-        taken: set[int] = {size for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for size in x.shape}
+        rows = self._rows(pending, counts, args)
+        if sum(rows) >= sum(positions):
+            return None
+        return [tensor for plan, count, n in zip(pending, counts, rows) for tensor in plan.finish(count, n)]
+
+    def _rows(self, pending: Sequence[packing.PendingPlan], counts: Sequence[int], args: Sequence[Any]) -> list[int]:
+        """How many rows each domain is packed into.
+
+        A size that some input has too would be taken for the same size by the compiler, which would then compile again when
+        they differ; so such a number is passed over.
+        """
+        taken = {size for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for size in x.shape}
         rows = []
-        for count in counts:
-            # One more than the count, so that there always is a dead row to make up their sequence. A size that some input
-            # has too would be taken for the same size by the compiler, which would then compile again.
-            n = -(-(count + 1) // self.round_tokens) * self.round_tokens
+        for plan, count in zip(pending, counts):
+            n = plan.rows_for(count)
             while n in taken:
                 n += self.round_tokens
             taken.add(n)
             rows.append(n)
-        return rows if sum(rows) < sum(positions) else None
+        return rows
 
 
 def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:

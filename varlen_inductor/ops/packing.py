@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import plan_kernels
+
 RowsOf = Callable[[Tensor, Tensor], Tensor]
 
 _LIB = torch.library.Library("varlen_inductor", "FRAGMENT")
@@ -79,6 +81,8 @@ def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``index`` (B*S,): valid positions first, then repeats of one; ``inverse`` (B*S,); ``cu_seqlens`` (B+1,) int32, which
         ends at the number of valid positions.
     """
+    if plan_kernels.available(mask):
+        return plan_kernels.plan(mask, 0)[:3]
     flat = mask.reshape(-1)
     rank = flat.cumsum(0)
     count = rank[-1:] if flat.numel() else rank.new_zeros(1)
@@ -91,6 +95,39 @@ def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
     return index, inverse, cu_seqlens
+
+
+class PendingPlan:
+    """A plan whose number of rows is not fixed yet: everything about it that does not need that number is under way.
+
+    Args:
+        mask: (B, S) bool, True at valid positions.
+        round_to: rows are rounded up to a multiple of this.
+
+    ``count`` (1,) int64 is the number of valid positions, on the device of the mask.
+    """
+
+    def __init__(self, mask: Tensor, round_to: int) -> None:
+        self.mask = mask
+        self.round_to = round_to
+        self._early = plan_kernels.plan(mask, round_to) if plan_kernels.available(mask) else None
+        self.count = self._early[3] if self._early else mask.sum().view(1)
+
+    def rows_for(self, count: int) -> int:
+        """The number of packed rows for ``count`` valid positions: rounded up, with at least one dead row.
+
+        One more than the count, so that there always is a dead row and their sequence is never empty.
+        """
+        return (count // self.round_to + 1) * self.round_to
+
+    def finish(self, count: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``index`` (T,), ``inverse`` (B*S,), ``cu_seqlens`` (B+2,) for ``rows`` packed rows, of which ``count`` are tokens."""
+        if self._early is None:
+            return plan_packed(self.mask, rows)
+        index, inverse, cu_seqlens, _ = self._early
+        if rows != self.rows_for(count):
+            cu_seqlens[-1:].fill_(rows)
+        return index[:rows], inverse, cu_seqlens
 
 
 def plan_packed(mask: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,33 @@
+"""The plan kernels against the plan that plain operators make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varlen_inductor.ops import packing, plan_kernels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+SHAPES = [(1, 1), (1, 7), (3, 5), (8, 1024), (33, 1500), (64, 512), (257, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_kernels_agree_with_operators(shape: tuple[int, int], share: float) -> None:
+    mask = torch.rand(shape) < share
+    assert plan_kernels.available(mask.cuda())
+    for kernel, expected in zip(torch.ops.varlen_inductor.plan_static(mask.cuda()), packing.plan_static(mask)):
+        same = kernel.cpu() == expected
+        if mask.any():
+            assert same.all()
+    pending = packing.PendingPlan(mask.cuda(), 16)
+    count = int(pending.count)
+    assert count == int(mask.sum())
+    rows = pending.rows_for(count)
+    if 0 < count and rows <= mask.numel():
+        for extra in (0, 16):
+            if rows + extra <= mask.numel():
+                found = packing.PendingPlan(mask.cuda(), 16).finish(count, rows + extra)
+                expected_plan = packing.plan_packed(mask, rows + extra)
+                assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected_plan))

@@ -1,0 +1,98 @@
+"""The plan on CUDA: two small Triton kernels instead of a dozen operators.
+
+The plan stands between the host and the rest of a packed step: until the host knows the number of tokens it can launch nothing
+else. So everything that does not need that number is launched before the host asks for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch without Triton
+    triton = None
+
+_BLOCK = 1024
+_MOST_ROWS = 4096
+
+
+def available(mask: Tensor) -> bool:
+    """Whether the kernels can plan for this mask (B, S)."""
+    return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() < 2**31
+
+
+def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
+
+    Args:
+        mask: (B, S) bool, True at valid positions.
+        round_to: positive: ``cu_seqlens`` (B+2,) ends at the first multiple of it that is larger than the number of valid
+            positions (dead rows are a sequence of their own); 0: ``cu_seqlens`` (B+1,) ends at that number.
+    """
+    batch, length = mask.shape
+    mask = mask.contiguous()
+    device = mask.device
+    index = torch.empty(batch * length, dtype=torch.int64, device=device)
+    inverse = torch.empty_like(index)
+    cu_seqlens = torch.empty(batch + (2 if round_to else 1), dtype=torch.int32, device=device)
+    count = torch.empty(1, dtype=torch.int64, device=device)
+    rows = torch.empty((2, batch), dtype=torch.int32, device=device)
+    _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
+    padded_batch = triton.next_power_of_2(batch)
+    _fill[(batch,)](
+        mask, rows, index, inverse, cu_seqlens, count, length, batch, round_to, BLOCK=_BLOCK, BATCH=padded_batch, ROUND=bool(round_to)
+    )
+    return index, inverse, cu_seqlens, count
+
+
+if triton is not None:
+
+    @triton.jit
+    def _count_rows(mask, rows, length, batch, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The number of valid positions of each row, and the first of them (or the length)."""
+        b = tl.program_id(0)
+        total = 0
+        first = length
+        for start in range(0, length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            valid = tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0).to(tl.int32)
+            total += tl.sum(valid, 0)
+            first = tl.minimum(first, tl.min(tl.where(valid != 0, at, length), 0))
+        tl.store(rows + b, total)
+        tl.store(rows + batch + b, first)
+
+    @triton.jit
+    def _fill(mask, rows, index, inverse, cu_seqlens, count, length, batch, round_to, BLOCK: tl.constexpr, BATCH: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+        b = tl.program_id(0)
+        every = tl.arange(0, BATCH)
+        lengths = tl.load(rows + every, mask=every < batch, other=0)
+        firsts = tl.load(rows + batch + every, mask=every < batch, other=0)
+        before = tl.sum(tl.where(every < b, lengths, 0), 0)
+        own = tl.sum(tl.where(every == b, lengths, 0), 0)
+        total = tl.sum(lengths, 0)
+        positions = batch * length
+        # Some valid position, for dead rows to repeat; position 0 if there is none.
+        some = tl.min(tl.where((every < batch) & (lengths > 0), every * length + firsts, positions), 0)
+        some = tl.where(total > 0, some, 0)
+        tl.store(cu_seqlens + b + 1, before + own)
+        if b == 0:
+            tl.store(cu_seqlens, 0)
+            tl.store(count, total.to(tl.int64))
+            if ROUND:
+                tl.store(cu_seqlens + batch + 1, (total // round_to + 1) * round_to)
+        rank = before
+        for start in range(0, length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            valid = tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0).to(tl.int32)
+            place = rank + tl.cumsum(valid, 0) - 1
+            here = (b * length + at).to(tl.int64)
+            tl.store(index + place, here, mask=(at < length) & (valid != 0))
+            tl.store(inverse + here, tl.where(valid != 0, place, -1).to(tl.int64), mask=at < length)
+            rank += tl.sum(valid, 0)
+        for start in range(total + b * BLOCK, positions, batch * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(index + at, tl.zeros((BLOCK,), tl.int64) + some, mask=at < positions)
+
