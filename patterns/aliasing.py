@@ -98,6 +98,8 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _may_alias_unmarked(target: OpOverload) -> bool:
+    if target.overloadpacket in _UNMARKED_WRITES:
+        return False
     tag = getattr(torch.Tag, "maybe_aliasing_or_mutating", None)
     return (tag is not None and tag in target.tags) or target.overloadpacket in (aten.type_as, aten._unsafe_view, aten.dropout)
 

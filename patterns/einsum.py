@@ -1,9 +1,9 @@
 """`torch.einsum` of two operands as a matrix product.
 
-    before                                                   after
-    %s = torch.einsum("bqhd,bkhd->bhqk", %q, %k)             %qt = aten.permute.default(%q, [0, 2, 1, 3])
-                                                             %kt = aten.permute.default(%k, [0, 2, 3, 1])
-                                                             %s = aten.matmul.default(%qt, %kt)
+before                                                   after
+%s = torch.einsum("bqhd,bkhd->bhqk", %q, %k)             %qt = aten.permute.default(%q, [0, 2, 1, 3])
+                                                         %kt = aten.permute.default(%k, [0, 2, 3, 1])
+                                                         %s = aten.matmul.default(%qt, %kt)
 """
 
 from __future__ import annotations

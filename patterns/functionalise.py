@@ -157,7 +157,7 @@ class _Memory:
     def _replayed(self, node: fx.Node, before: fx.Node) -> fx.Node:
         view = self.views[node]
         with self.graph.inserting_before(before):
-            replayed = view.replay(self.graph, self._now(view.source))
+            replayed = view.replay(self.graph, self._now)
         self.emitted.append(replayed)
         return replayed
 

@@ -141,10 +141,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_type: int
 
 # The operator as Dynamo writes it and as ATen does -> (function, position of the mask, arguments that may be nested).
 _FUSED: dict[Any, tuple[Callable[..., Any], int, int]] = {}
-for _name, _entry in {
+_entries: dict[str, tuple[Callable[..., Any], int, int]] = {
     "_transformer_encoder_layer_fwd": (transformer_encoder_layer, 18, 1),
     "_native_multi_head_attention": (multi_head_attention, 9, 3),
-}.items():
+}
+for _name, _entry in _entries.items():
     for _spelling in (
         getattr(torch, _name, None),
         getattr(torch.ops.aten, _name, None),

@@ -58,7 +58,8 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal whatever the symbols in them stand for."""
-    return as_size(a) == as_size(b)
+    one: Any = as_size(a)
+    return bool(one == as_size(b))
 
 
 def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -30,7 +30,7 @@ from varlen_inductor import _compat
 
 from . import einsum, fused_inference
 from .aliasing import Storages, written_nodes
-from .simplify import drop_identities, drop_unused
+from .simplify import drop_identities, drop_unused, inline_numbers
 
 __all__ = ["NotNormalisable", "normalise", "replace_body"]
 
@@ -65,18 +65,23 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     fake_mode = next((x.fake_mode for x in inputs if _compat.is_fake(x)), None)
     if fake_mode is None:
         raise NotNormalisable("the graph has no tensor among its inputs")
+    passed_on: tuple[type[BaseException], ...] = (NotNormalisable, *_compat.control_flow_exceptions())
     try:
         new = _retrace(gm, inputs, fake_mode)
-    except (NotNormalisable, *_compat.control_flow_exceptions()):
+    except passed_on:
         raise
     except Exception as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise NotNormalisable(f"the graph could not be retraced ({type(error).__name__}: {first_line})") from error
     _copy_placeholders(gm, new)
-    _compat.adopt_dynamo_attributes(new, gm)
     _mark_requires_grad(new.graph)
+    inline_numbers(new.graph)
     drop_identities(new.graph)
     drop_unused(new.graph)
+    new.delete_all_unused_submodules()
+    for name in [n for n, _ in new.named_buffers() if "." not in n and not new.graph.find_nodes(op="get_attr", target=n)]:
+        delattr(new, name)
+    _compat.adopt_dynamo_attributes(new, gm)
     new.recompile()
     return new
 
@@ -115,6 +120,7 @@ def replace_body(gm: fx.GraphModule, new: fx.GraphModule) -> None:
     output.args = fx.map_arg(new_output.args, copied.__getitem__)
     for node in reversed(old_body):
         graph.erase_node(node)
+    _compat.declare_constants(gm)
     graph.lint()
     gm.recompile()
 
@@ -160,16 +166,18 @@ def _refuse_what_tracing_loses(gm: fx.GraphModule) -> None:
         raise NotNormalisable("it is compiled inside a function transform (torch.func: vmap, grad, jvp)")
     if _compat.saved_tensor_hooks_active():
         raise NotNormalisable("it is compiled under saved-tensor hooks, which see the tensors the backward keeps")
+    functions: list[tuple[str, Any]] = []
     for node in gm.graph.nodes:
         if node.op == "call_module":
             raise NotNormalisable(f"it calls the module {node.target!r} without showing what is inside")
         if node.op == "call_method" and node.target in _UNRECORDED_METHODS:
             raise NotNormalisable(f"it {_UNRECORDED_METHODS[node.target]} (.{node.target})")
         if node.op == "call_function" and not isinstance(node.target, (torch._ops.OpOverload, HigherOrderOperator)):
-            module = str(getattr(node.target, "__module__", None) or "")
-            for prefix, reason in _UNRECORDED_MODULES.items():
-                if (module == prefix or module.startswith(prefix + ".")) and not _is_kept_by_tracing(node.target):
-                    raise NotNormalisable(f"{reason} ({getattr(node.target, '__name__', node.target)})")
+            functions.append((str(getattr(node.target, "__module__", None) or ""), node.target))
+    for prefix, reason in _UNRECORDED_MODULES.items():
+        for module, target in functions:
+            if (module == prefix or module.startswith(prefix + ".")) and not _is_kept_by_tracing(target):
+                raise NotNormalisable(f"{reason} ({getattr(target, '__name__', target)})")
 
 
 def _is_kept_by_tracing(target: Any) -> bool:
@@ -280,16 +288,21 @@ class _Recorder(fx.Interpreter):
             decomposition = rewritten.decomposition(target, args, kwargs)
             if decomposition is not None:
                 return decomposition(*args, **kwargs)
-        result = super().call_function(target, args, kwargs)
         if target is torch.amp.autocast_mode._enter_autocast:
-            self.autocasts.append(result)
-        elif target is torch.amp.autocast_mode._exit_autocast:
+            # The function alone would be recorded but not run; the context manager does both.
+            autocast = torch.autocast(*args, **kwargs)
+            autocast.__enter__()
+            self.autocasts.append(autocast)
+            return autocast
+        if target is torch.amp.autocast_mode._exit_autocast:
             self.autocasts.remove(args[0])
-        return result
+            args[0].__exit__(None, None, None)
+            return None
+        return super().call_function(target, args, kwargs)
 
     def leave_open_autocasts(self) -> None:
         while self.autocasts:
-            torch.amp.autocast_mode._exit_autocast(self.autocasts.pop())
+            self.autocasts.pop().__exit__(None, None, None)
 
     def _attribute(self, name: str) -> Any:
         value = operator.attrgetter(name)(self.module)

@@ -15,14 +15,14 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from .aliasing import storages_of, written_nodes
-from .nodes import calls, same_size
+from .aliasing import Storages, storages_of, written_nodes
+from .nodes import arguments, calls, same_size
 
 aten = torch.ops.aten
 
 # Each returns its first argument, or a view that shows all of it, when shape, strides and dtype do not change.
 _IDENTITIES = (
-    aten.slice, aten.to, aten.expand, aten.view, aten.reshape, aten.contiguous, aten.dropout, aten.alias, aten.type_as,
+    aten.slice, aten.to, aten.expand, aten.view, aten.reshape, aten.contiguous, aten.alias, aten.type_as,
     aten.view_as, aten.reshape_as, aten.expand_as, aten.flatten, aten.narrow, aten.positive,
 )  # fmt: skip
 _UNLESS_GRADIENT = (aten.detach, aten.detach_)
@@ -33,13 +33,36 @@ def drop_identities(graph: fx.Graph) -> None:
 
     The output keeps it: whether a returned tensor *is* an input or a view of one, the caller can tell.
     """
+    written: set[fx.Node] = set()
+    storages = Storages(graph, possible=True)
+    for node in graph.nodes:
+        written.update(storages.root(w) for w in written_nodes(node))
     for node in list(graph.nodes):
-        if not _is_identity(node):
+        if not _is_identity(node) and not (_is_idle_dropout(node) and storages.root(node) not in written):
             continue
         source = node.args[0]
         node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
         if not node.users:
             graph.erase_node(node)
+
+
+def inline_numbers(graph: fx.Graph) -> None:
+    """`torch.tensor(-1e9)` becomes `aten.full([], -1e9)`.
+
+    The number is then in the graph for all to read, and the module holds no tensor, which would be one more input.
+    """
+    for node in list(graph.nodes):
+        if not calls(node, aten.lift_fresh_copy, aten.lift_fresh) or node.args[0].op != "get_attr":
+            continue
+        literal = operator.attrgetter(str(node.args[0].target))(graph.owning_module)
+        if literal.dim() or literal.device.type != "cpu" or literal.is_complex() or literal.requires_grad:
+            continue
+        like = {"dtype": literal.dtype, "device": literal.device, "pin_memory": False}
+        with graph.inserting_before(node):
+            number = graph.call_function(aten.full.default, ([], literal.item()), like)
+        number.meta = dict(node.meta)
+        node.replace_all_uses_with(number)
+        graph.erase_node(node)
 
 
 def drop_unused(graph: fx.Graph) -> None:
@@ -61,6 +84,14 @@ def _without_effect(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         return not node.is_impure() and not any(written_nodes(node))
     return node.target is operator.getitem or isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    """Dropout in inference: traced as a copy, so it may go only if no copy is needed."""
+    if not calls(node, aten.dropout):
+        return False
+    given = arguments(node)
+    return given["train"] is False or given["p"] == 0
 
 
 def _is_identity(node: fx.Node) -> bool:

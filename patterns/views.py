@@ -33,10 +33,10 @@ class View:
     undo: Scatter | None
     writes_to: fx.Node
 
-    def replay(self, graph: fx.Graph, source: fx.Node) -> fx.Node:
-        """The same view of another version of its source."""
-        args = fx.map_arg(self.node.args, lambda n: source if n is self.source else n)
-        return emit(graph, self.node, self.node.target, *args, **self.node.kwargs)  # type: ignore[arg-type]
+    def replay(self, graph: fx.Graph, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """The same view of the version of its source that there is `now`."""
+        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), now)
+        return emit(graph, self.node, self.node.target, *args, **kwargs)  # type: ignore[arg-type]
 
     def scatter(self, graph: fx.Graph, parent: fx.Node, new: fx.Node, like: fx.Node) -> fx.Node:
         """`parent`, a version of `writes_to`, after `new` was written through this view."""

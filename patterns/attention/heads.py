@@ -76,7 +76,8 @@ def _leading_factor(source: tuple[Any, ...], target: tuple[Any, ...], dim: int) 
 
 
 def _divides(part: Any, total: Any) -> bool:
-    ratio = as_size(total) / as_size(part)
+    numerator: Any = as_size(total)
+    ratio = numerator / as_size(part)
     return bool(ratio.is_integer) or (not ratio.is_number and ratio.as_numer_denom()[1] == 1)
 
 

@@ -1,8 +1,8 @@
 """Attention in a form that needs no rewriting, or has a mask of its own: named to the user, and left alone.
 
-    %y = torch_attn._varlen_attn.default(%q, %k, %v, %cu_seq_q, %cu_seq_k, ...)      it is a varlen call already
-    %y = flex_attention(%q, %k, %v, %score_mod, ...)                                 its block mask skips what is hidden
-    %y = aten._transformer_encoder_layer_fwd.default(...)                            fused, without a mask
+%y = torch_attn._varlen_attn.default(%q, %k, %v, %cu_seq_q, %cu_seq_k, ...)      it is a varlen call already
+%y = flex_attention(%q, %k, %v, %score_mod, ...)                                 its block mask skips what is hidden
+%y = aten._transformer_encoder_layer_fwd.default(...)                            fused, without a mask
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Back from the softmax to the product of queries and keys: scale, masks and casts, in whatever order they were written.
 
-    %s = matmul(%q, %kt)               the product, where the walk ends
-    %s = mul(%s, 0.125)                scale
-    %s = add(%s, %mask)                mask: add
-    %s = masked_fill(%s, %c, -inf)     mask: fill
-    %s = where(%c, %s, -1e9)           mask: where_keep
-    %s = to(%s, float32)               cast up
-    %w = softmax(%s, -1)               where the walk begins
+%s = matmul(%q, %kt)               the product, where the walk ends
+%s = mul(%s, 0.125)                scale
+%s = add(%s, %mask)                mask: add
+%s = masked_fill(%s, %c, -inf)     mask: fill
+%s = where(%c, %s, -1e9)           mask: where_keep
+%s = to(%s, float32)               cast up
+%w = softmax(%s, -1)               where the walk begins
 """
 
 from __future__ import annotations

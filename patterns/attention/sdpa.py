@@ -1,9 +1,9 @@
 """`torch.nn.functional.scaled_dot_product_attention`.
 
-    before                                                         candidate
-    %y = aten.scaled_dot_product_attention.default(                sdpa %y = attention(%q, %k, %v)
-        %q, %k, %v, %mask, 0.1, False, scale=0.25)                   masks: bool %mask (True is visible) or add %mask
-                                                                     scale: 0.25, dropout: 0.1
+before                                                         candidate
+%y = aten.scaled_dot_product_attention.default(                sdpa %y = attention(%q, %k, %v)
+    %q, %k, %v, %mask, 0.1, False, scale=0.25)                   masks: bool %mask (True is visible) or add %mask
+                                                                 scale: 0.25, dropout: 0.1
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def match(node: fx.Node, facts: Facts) -> Candidate:
     rank = len(shape(query))
     if rank not in (3, 4) or len(shape(key)) != rank or len(shape(value)) != rank:
         raise NotAttention(f"its query has {rank} dimensions; (batch, heads, length, head_dim) is expected")
-    kv_groups, repeats = 1, ()
+    kv_groups = 1
+    repeats: tuple[fx.Node, ...] = ()
     if rank == 4:
         key, value, kv_groups, repeats = gqa.undo_repeat(query, key, value)
     check_batch(query, key, value, kv_groups)

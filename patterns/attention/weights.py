@@ -1,9 +1,9 @@
 """From the softmax on: the weights, on their way to the product with the values.
 
-    %w = softmax(...)            the weights
-    %w = to(%w, bfloat16)        cast down, if the softmax was computed in float32
-    %w = dropout(%w, 0.1, True)
-    %y = matmul(%w, %v)          where the walk ends
+%w = softmax(...)            the weights
+%w = to(%w, bfloat16)        cast down, if the softmax was computed in float32
+%w = dropout(%w, 0.1, True)
+%y = matmul(%w, %v)          where the walk ends
 """
 
 from __future__ import annotations
