@@ -8,12 +8,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from varlen_inductor.ops.backends import aten_flash, cpu, math
+from varlen_inductor.ops.backends import aten_flash, cpu, math, triton_kernel
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (
     aten_flash.BACKEND,
+    triton_kernel.BACKEND,
     cpu.BACKEND,
     math.BACKEND,  # runs everything everywhere, slowly: it comes last
 )

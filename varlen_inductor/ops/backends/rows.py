@@ -7,7 +7,6 @@ without, PyTorch operations go over everything.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,0 +1,266 @@
+"""Our own kernels in Triton, forward and backward, wherever Triton runs.
+
+They read query, key and value in any strides from where each sequence starts, so rows of a padded batch need no copy, know
+positions and the gradient of lse, and compute the same every time. ``triton_forward`` and ``triton_backward`` hold the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
+
+MAX_HEAD_DIM = 256
+MAX_SEQUENCES = 65534
+"""The grid has a dimension for the sequences and one more; CUDA allows 65535."""
+
+
+class Blocks(NamedTuple):
+    """Queries and keys that a program holds at once, and how Triton is to compile it."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# By (bytes of an element, head dim up to). The first fit holds.
+FORWARD = {
+    (2, 64): Blocks(128, 128, 4, 3),
+    (2, 128): Blocks(128, 128, 8, 2),
+    (2, 256): Blocks(64, 64, 4, 2),
+    (4, 64): Blocks(128, 32, 4, 3),
+    (4, 128): Blocks(32, 64, 4, 3),
+    (4, 256): Blocks(32, 32, 4, 2),
+}
+QUERY_GRADIENT = {
+    (2, 64): Blocks(128, 64, 4, 3),
+    (2, 128): Blocks(128, 64, 8, 2),
+    (2, 256): Blocks(64, 32, 4, 2),
+    (4, 64): Blocks(64, 32, 4, 2),
+    (4, 128): Blocks(32, 32, 4, 2),
+    (4, 256): Blocks(16, 32, 4, 1),
+}
+KEY_GRADIENT = {
+    (2, 64): Blocks(64, 128, 4, 3),
+    (2, 128): Blocks(64, 128, 8, 2),
+    (2, 256): Blocks(32, 64, 4, 1),
+    (4, 64): Blocks(32, 64, 4, 2),
+    (4, 128): Blocks(32, 32, 4, 2),
+    (4, 256): Blocks(32, 16, 4, 1),
+}
+
+
+def supports(problem: Problem) -> str | None:
+    """Why the kernels cannot run the problem, or ``None``."""
+    if problem.device.type != "cuda":
+        return "it runs on CUDA only"
+    unavailable = _unavailable(problem.device)
+    if unavailable is not None:
+        return unavailable
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 or float32, not {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"its head dim is at most {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
+    if problem.dropout_p == 1.0:
+        return "it cannot drop everything"
+    return None
+
+
+@cache
+def _unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "it is not tested on ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, and this device has {major}.{minor}"
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every sequence; see ``Forward``."""
+    from varlen_inductor.ops.backends.triton_forward import forward_kernel
+
+    (tokens, heads, _), dim_v = query.shape, value.shape[2]
+    blocks = _blocks(FORWARD, query, value)
+    out = query.new_empty(tokens, heads, dim_v)
+    lse = query.new_empty((heads, tokens), dtype=torch.float32)
+    rng_state = _new_rng_state(query, rule)
+    query, scale = _positive_scale(query, rule.scale)
+    grid = (-(-max(layout.max_q, 1) // blocks.queries), heads, _sequences(layout) + 1)
+    with torch.cuda.device_of(query):
+        forward_kernel[grid](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *_data(layout, rule, rng_state),
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *out.stride()[:2],
+            _sequences(layout),
+            tokens,
+            scale * math.log2(math.e),
+            *_numbers(rule),
+            **_constants(query, key, value, rule, blocks),
+        )
+    return out, lse, rng_state
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; see ``Backward``."""
+    from varlen_inductor.ops.backends.triton_backward import key_kernel, query_kernel
+
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    query, scale = _positive_scale(query, rule.scale)
+    operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
+    strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
+    data = _data(layout, rule, rng_state)
+    sequences, log_scale = _sequences(layout), scale * math.log2(math.e)
+    with torch.cuda.device_of(query):
+        blocks = _blocks(QUERY_GRADIENT, query, value)
+        query_kernel[-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1](
+            *operands,
+            grad_query,
+            *data,
+            *strides,
+            *grad_query.stride()[:2],
+            sequences,
+            query.shape[0],
+            log_scale,
+            rule.scale,
+            *_numbers(rule),
+            **_constants(query, key, value, rule, blocks),
+        )
+        blocks = _blocks(KEY_GRADIENT, query, value)
+        key_kernel[-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1](
+            *operands,
+            grad_key,
+            grad_value,
+            *data,
+            *strides,
+            *grad_key.stride()[:2],
+            *grad_value.stride()[:2],
+            sequences,
+            query.shape[0],
+            key.shape[0],
+            log_scale,
+            scale,
+            *_numbers(rule),
+            **_constants(query, key, value, rule, blocks),
+        )
+    return grad_query, grad_key, grad_value
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, layout: Layout) -> Tensor:
+    from varlen_inductor.ops.backends.triton_backward import delta_kernel
+
+    tokens, heads, dim_v = out.shape
+    delta = out.new_empty((heads, tokens), dtype=torch.float32)
+    rows = 64
+    with torch.cuda.device_of(out):
+        delta_kernel[-(-tokens // rows), heads](
+            out,
+            grad_out,
+            None if grad_lse is None else grad_lse.contiguous(),
+            delta,
+            layout.cu_seq_q.contiguous(),
+            *out.stride(),
+            *grad_out.stride(),
+            _sequences(layout),
+            tokens,
+            DIM_V=dim_v,
+            BLOCK_DV=_padded(dim_v),
+            BLOCK_M=rows,
+        )
+    return delta
+
+
+def _sequences(layout: Layout) -> int:
+    count = layout.cu_seq_q.shape[0] - 1
+    if count > MAX_SEQUENCES:
+        raise RuntimeError(f"cu_seq_q has {count} sequences; the kernels take {MAX_SEQUENCES}: split the batch")
+    return count
+
+
+def _data(layout: Layout, rule: Rule, rng_state: Tensor) -> tuple[Tensor | None, ...]:
+    """What tells a kernel where sequences lie and what is dropped."""
+    seqused_k, position_q, position_k = layout[4:] if rule.windowed else (layout.seqused_k, None, None)
+    return (
+        layout.cu_seq_q.contiguous(),
+        layout.cu_seq_k.contiguous(),
+        None if seqused_k is None else seqused_k.contiguous(),
+        None if position_q is None else position_q.contiguous(),
+        None if position_k is None else position_k.contiguous(),
+        rng_state.view(torch.int64) if rule.dropout_p > 0.0 else None,
+    )
+
+
+def _numbers(rule: Rule) -> tuple[int, float, int, int]:
+    """Random 32-bit numbers below the first are kept, which happens with the second as probability; then the window."""
+    threshold = round((1.0 - rule.dropout_p) * 2**32)
+    return threshold, threshold / 2**32, rule.window_left, rule.window_right
+
+
+def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks) -> dict[str, Any]:
+    return {
+        "GROUPS": query.shape[1] // key.shape[1],
+        "DIM": query.shape[2],
+        "DIM_V": value.shape[2],
+        "BLOCK_D": _padded(query.shape[2]),
+        "BLOCK_DV": _padded(value.shape[2]),
+        "BLOCK_M": blocks.queries,
+        "BLOCK_N": blocks.keys,
+        "LEFT": rule.window_left != UNBOUNDED,
+        "RIGHT": rule.window_right != UNBOUNDED,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+def _blocks(table: dict[tuple[int, int], Blocks], query: Tensor, value: Tensor) -> Blocks:
+    dim = max(query.shape[2], value.shape[2])
+    return next(blocks for (size, limit), blocks in table.items() if size == query.element_size() and dim <= limit)
+
+
+def _padded(dim: int) -> int:
+    """What Triton's tiles need: a power of two, and at least 16 for a matrix product."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take the largest score before they scale it, so their scale must be positive."""
+    if scale > 0.0:
+        return query, scale
+    return (-query, -scale) if scale < 0.0 else (torch.zeros_like(query), 1.0)
+
+
+def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
+    if rule.dropout_p == 0.0:
+        return query.new_empty(0, dtype=torch.uint64)
+    # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
+
+
+BACKEND = Backend("triton", supports, forward, backward)
