@@ -383,6 +383,10 @@ class Builder:
             return a if condition.payload else b
         if a is b:
             return a
+        if dtype is torch.bool and (a.is_const or b.is_const):
+            if a.is_const:
+                return self.or_(condition, b) if a.payload else self.and_(self.not_(condition), b)
+            return self.or_(self.not_(condition), a) if b.payload else self.and_(condition, a)
         return intern_expr("where", (condition, a, b), None, dtype)
 
     def cast(self, e: Expr, dtype: torch.dtype) -> Expr:

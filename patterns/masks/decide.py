@@ -23,7 +23,7 @@ def decide(it: Interpreter, steps: Sequence[ScoreStep], dtype: torch.dtype, spel
     exprs = [e for step in steps for e in (step.mask, step.value) if e is not None]
     for e in _loads_of(exprs):
         if e.payload in it.written:
-            raise NotProven(f"the mask depends on {_leaf(it, e)}, which is modified in place")
+            raise NotProven(f"the mask depends on `{text(e)}`{where_in_source(e.payload)}, which is modified in place")
     refusal = NotProven("the mask cannot be decided")
     for variables in find_variables(it.b, exprs):
         for v in variables:
@@ -39,11 +39,11 @@ def decide(it: Interpreter, steps: Sequence[ScoreStep], dtype: torch.dtype, spel
 def _refuse_bias(it: Interpreter, load: Expr) -> None:
     """Refuse numbers that go into the scores and cannot be a mask."""
     if may_require_grad(load.payload):
-        raise NotProven(f"it adds a learned bias to the scores ({_leaf(it, load)})")
+        raise NotProven(f"the mask adds a learned bias to the scores ({_leaf(it, load)})")
     if "h" in load.free:
-        raise NotProven(f"it adds a bias to the scores that differs between heads ({_leaf(it, load)})")
+        raise NotProven(f"the mask adds a bias that differs between heads ({_leaf(it, load)})")
     if {"q", "k"} <= load.free:
-        raise NotProven(f"it adds numbers to the scores that are data for every pair of positions ({_leaf(it, load)})")
+        raise NotProven(f"the mask adds data for every pair of positions to the scores ({_leaf(it, load)})")
 
 
 def _leaf(it: Interpreter, e: Expr) -> str:
@@ -155,13 +155,15 @@ class _Decision:
             return "position"
         if is_document(x):
             name = tensor_name(x.args[0].payload)
-            raise NotProven(f"several documents share a row (`{name}` is compared between query and key): not rewritten yet")
+            raise NotProven(f"the mask separates documents within a row (by `{name}`): not rewritten yet")
         pairs = next((e for e in _loads_of([x]) if {"q", "k"} <= e.free), None)
         if pairs is not None:
             raise NotProven(f"the mask is data for every pair of positions: {_leaf(self.it, pairs)}")
         if any(t.op == "floordiv" for t in (x.args if x.op == "linear" else (x,))):
-            raise NotProven(f"attention within chunks of positions (`{v.text}`){self._where(v)}: not rewritten yet")
-        raise NotProven(f"`{v.text}`{self._where(v)} relates query and key, and is neither causal nor a window")
+            raise NotProven(
+                f"the mask keeps attention within chunks of positions (`{v.text}`){self._where(v)}: not rewritten yet"
+            )
+        raise NotProven(f"the mask relates query and key in a way that is no window: `{v.text}`{self._where(v)}")
 
     def _where(self, v: Variable) -> str:
         return next((where for e in _loads_of([v.expr]) if (where := where_in_source(e.payload))), "")
@@ -180,7 +182,9 @@ class _Decision:
             product = product & self._project(keep, axes)
         if not torch.equal(product, keep):
             every = [i for axes in groups.values() for i in axes]
-            raise NotProven("conditions on key, query and position are combined otherwise than by `and`: " + self._texts(every))
+            raise NotProven(
+                "the mask combines conditions on key, query and position otherwise than by `and`: " + self._texts(every)
+            )
 
     def _predicate(self, keep: torch.Tensor, axes: Sequence[int], name: str) -> Predicate | None:
         if not axes:
@@ -209,9 +213,9 @@ class _Decision:
         rule = text(build_predicate(self.b, [v], torch.tensor(table)))
         first, last = inside[0][0], inside[-1][1]
         if len(inside) != max(table_index(table)) - min(table_index(table)) + 1:
-            raise NotProven(f"the rule on positions (`{rule}`) is not a window")
+            raise NotProven(f"the mask's rule on positions (`{rule}`) is not a window")
         if (first is not None and first > 0) or (last is not None and last < 0):
-            raise NotProven(f"the window (`{rule}`) does not contain the query's own position")
+            raise NotProven(f"the window of the mask (`{rule}`) does not contain the query's own position")
         return (-1 if first is None else -first), (-1 if last is None else last)
 
     def _always_a_key(self, left: int, right: int) -> bool:

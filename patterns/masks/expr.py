@@ -116,9 +116,14 @@ def tensor_name(node: fx.Node) -> str:
     return name.strip("_.") or node.name
 
 
+_SAME_VALUES = ("aten.to.", "aten._to_copy.", "aten.alias.", "aten.contiguous.", "aten.clone.", "aten.detach.")
+
+
 def _call_name(node: fx.Node) -> str | None:
     """``attention_mask.sum(1)``: how a leaf was computed, if it takes one short call of an input to say."""
     source, *others = node.args or (None,)
+    while isinstance(source, fx.Node) and str(source.target).startswith(_SAME_VALUES):
+        source = source.args[0]
     plain = all(isinstance(a, int) or (isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a)) for a in others)
     if not isinstance(source, fx.Node) or source.op != "placeholder" or not plain or node.kwargs:
         return None

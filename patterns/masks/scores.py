@@ -90,7 +90,7 @@ def _ulp(value: float, dtype: torch.dtype) -> float:
     """The distance of neighbouring numbers around ``value``; infinite where the next one is infinite."""
     if math.isinf(value):
         return math.inf
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(abs(value)))
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 1)
 
 
 def apply_steps(

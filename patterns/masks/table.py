@@ -82,7 +82,7 @@ class _Collector:
         elif e.op in ("lt", "le", "eq") and not self._by_value(e):
             self.bools[e] = None
         elif e.op in ("index", "sym", "times", "floordiv", "mod"):
-            raise NotProven(f"it adds a bias that depends on the position (`{text(e)}`), not a mask")
+            raise NotProven(f"the mask adds a bias that depends on the position (`{text(e)}`)")
         else:
             if e.op in ("mul", "sub", "div", "neg", "log", "linear"):
                 self.scaled.update(_arithmetic_parts(e))
@@ -142,7 +142,7 @@ def find_variables(b: Builder, exprs: Sequence[Expr]) -> Iterator[tuple[Variable
     for choice in itertools.product(*assumed):
         variables = tuple(sorted([*fixed, *choice], key=lambda v: (v.kind == "any", v.text)))
         if math.prod(len(v.values) for v in variables) > MAX_ROWS:
-            raise NotProven(f"it combines too many conditions ({len(variables)}) to be decided")
+            raise NotProven(f"the mask combines too many conditions ({len(variables)}) to be decided")
         yield variables
 
 

@@ -44,7 +44,9 @@ class Inputs:
             ints(b, k, high=wide),
             ints(b, q, high=2).bool(),
             ints(b, high=k + 2),
-            ints(b, k, high=2).float() if self.seed % 3 else torch.zeros(b, k).masked_fill(ints(b, k, high=2).bool(), -torch.inf),
+            ints(b, k, high=2).float()
+            if self.seed % 3
+            else torch.zeros(b, k).masked_fill(ints(b, k, high=2).bool(), -torch.inf),
             ints(k, high=2),
             ints(b, 1, q, k, high=2).bool(),
         ]
@@ -223,8 +225,7 @@ def run(sizes: Inputs, name: str, program: Program, spelling: str, dtype: torch.
     case = Case(gm, sizes.b, sizes.h, sizes.q, sizes.k, spelling=spelling, dtype=dtype)
     try:
         proof = case.prove()
-    except NotProven as refusal:
-        assert refusal.reason
+    except NotProven:
         event("refused")
         return
     event("proven")
