@@ -9,7 +9,9 @@ it is read, not looked into, and `Interpreter.why` keeps the reason.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -75,13 +77,15 @@ def plain_name(node: fx.Node) -> str:
 
 
 def where_in_source(node: fx.Node) -> str:
-    """`` (model.py:12)``: the user's line that made the node, as far as it is known."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    """`` (model.py:12)``: the innermost line outside PyTorch that made the node; "" for inputs or where it is not known."""
+    if node.op != "call_function":
+        return ""
+    frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
+    outside = [frame for frame in frames if "torch" not in PurePath(frame[0]).parts]
     if not frames:
         return ""
-    path, _, rest = frames[-1].removeprefix('File "').partition('", line ')
-    return f" ({path.rsplit('/', 1)[-1]}:{rest.split(',')[0]})"
+    path, line = (outside or frames)[-1]
+    return f" ({PurePath(path).name}:{line})"
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
