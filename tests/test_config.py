@@ -60,7 +60,7 @@ def test_right_values() -> None:
 
 
 def test_check_names_the_knob() -> None:
-    with config.patch(packing="modle"), pytest.raises(ValueError, match="varlen.packing is 'modle'"):
+    with config.patch(packing="modle"), pytest.raises(ValueError, match=r"varlen\.packing is 'modle'"):
         config.check()
 
 

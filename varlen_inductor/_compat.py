@@ -136,7 +136,7 @@ def materialise(gm: fx.GraphModule) -> None:
     traces nothing. ``_LazyGraphModule.real_recompile`` was read in 2.11, 2.13.
     """
     if hasattr(gm, "real_recompile"):
-        gm.real_recompile()
+        gm.real_recompile()  # type: ignore[operator]
 
 
 def adopt_dynamo_attributes(gm: fx.GraphModule, original: fx.GraphModule) -> None:
@@ -308,8 +308,7 @@ def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> f
 
     traced = make_fx(function, tracing_mode="real", pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*inputs)
     # A lazy module compiles its code when it is first called, which must not happen under another trace.
-    if hasattr(traced, "real_recompile"):
-        traced.real_recompile()
+    materialise(traced)
     return traced
 
 
@@ -432,6 +431,55 @@ def is_partial_graph(gm: fx.GraphModule) -> bool:
     return bool(getattr(reason, "graph_break", False))
 
 
+def called_by_uncompiled_code() -> bool:
+    """Whether the function being compiled was called by a part of the compiled program that runs uncompiled.
+
+    That is how Dynamo goes on when it cannot inline a call: the caller is broken there, and the callee is compiled on its
+    own, as a whole graph whose results nevertheless feed code that we do not see. It shows on the stack: between Dynamo at
+    work (``_compile`` in ``convert_frame.py``, whose ``code`` is being compiled) and the call of what the user gave to
+    ``torch.compile`` (``compile_wrapper`` in ``eval_frame.py``) there are other functions. Those that merely pass a call on
+    are left out; a resume function continues its caller, which therefore is no caller. Read in 2.11, 2.13.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None and not _is_frame(frame, "_dynamo/convert_frame.py", "_compile"):
+        frame = frame.f_back
+    if frame is None:
+        return False
+    callers = []
+    resumes = _is_resume(getattr(frame.f_locals.get("code"), "co_name", ""))
+    frame = frame.f_back
+    while frame is not None and not _is_frame(frame, "_dynamo/eval_frame.py", "compile_wrapper"):
+        if not _is_frame(frame, "_dynamo/"):
+            callers.append(frame)
+        frame = frame.f_back
+    if frame is None:
+        return False
+    while resumes and callers:
+        resumes = _is_resume(callers.pop(0).f_code.co_name)
+    return not all(any(_is_frame(caller, part) for part in _PASSES_CALLS_ON) for caller in callers)
+
+
+_PASSES_CALLS_ON = ("nn/modules/module.py", "nn/parallel/distributed.py", "utils/_contextlib.py", "amp/autocast_mode.py")
+_TORCH = str(torch.__path__[0]).replace("\\", "/") + "/"
+
+
+def _is_frame(frame: Any, path: str, name: str | None = None) -> bool:
+    filename = frame.f_code.co_filename.replace("\\", "/")
+    return filename.startswith(_TORCH + path) and name in (None, frame.f_code.co_name)
+
+
+def _is_resume(name: str) -> bool:
+    return name.startswith("torch_dynamo_resume_in_")
+
+
+def is_parameter_or_buffer(placeholder: fx.Node) -> bool:
+    """Whether an input of a Dynamo graph is a parameter or buffer of a module, and so the same in every batch.
+
+    Dynamo marks them in ``tensor_dict``. Read in 2.11, 2.13.
+    """
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
+
+
 @contextmanager
 def plain_dispatch() -> Iterator[None]:
     """No gradients and no autocast: for index arithmetic between graphs. Public names only, kept here for symmetry."""
@@ -473,3 +521,11 @@ def upstream_varlen_op() -> Any | None:
         return torch.ops.torch_attn._varlen_attn.default
     except (ImportError, AttributeError):
         return None
+
+
+def fix_symbol(value: torch.SymFloat) -> float | None:
+    """The number behind a symbolic one; Dynamo then guards on it. None if it is known only when the graph runs.
+
+    Guards that are added while a backend compiles are checked like any other. Read in 2.11, 2.13.
+    """
+    return float(value) if value.node.has_hint() else None

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Literal
 
 from torch import fx
@@ -243,7 +244,7 @@ def publish(report: Report) -> None:
     for name in ("graph_before", "graph_after"):
         text = getattr(report, name)
         if text:
-            _compat.trace_artifact(f"varlen_inductor_{name}", "string", lambda text=text: text)
+            _compat.trace_artifact(f"varlen_inductor_{name}", "string", partial(str, text))
 
 
 def _bump_counters(report: Report) -> None:
@@ -292,8 +293,8 @@ def render(report: Report, width: int = 120) -> str:
             f"region {number}: {_count(region.nodes_packed, 'operation')} on the tokens where {region.mask};"
             f" {_count(region.packs, 'pack')}, {_count(region.unpacks, 'unpack')}"
         )
-        rows = [(edge.kind, edge.node, edge.why, edge.source or "-") for edge in region.edges]
-        blocks.append(head + ("\n" + table(("edge", "value", "why", "source"), rows, width) if rows else ""))
+        edges = [(edge.kind, edge.node, edge.why, edge.source or "-") for edge in region.edges]
+        blocks.append(head + ("\n" + table(("edge", "value", "why", "source"), edges, width) if edges else ""))
     blocks.extend(f"note: {note}" for note in report.notes)
     if report.error:
         blocks.append(report.error.rstrip())
