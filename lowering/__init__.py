@@ -1,5 +1,6 @@
 """What Inductor makes of our operators. Importing this package registers it; see the modules for what each does."""
 
-from . import packing
+from . import attention, packing
 
+attention.register()
 packing.register()

@@ -162,7 +162,8 @@ class AttentionEmitter:
         by_rank = same_ranks and ((left == UNBOUNDED and right == 0) or self.ranks_suffice(domain))
         needs_positions = windowed and not by_rank
         self.kernel(site, needs_positions)
-        kwargs: dict[str, Any] = {}
+        # Packing operators read the rows of tokens alone, in both directions, and lse goes nowhere.
+        kwargs: dict[str, Any] = {"tails_unread": True}
         if attention.scale is not None:
             kwargs["scale"] = attention.scale
         if windowed:

@@ -529,3 +529,14 @@ def fix_symbol(value: torch.SymFloat) -> float | None:
     Guards that are added while a backend compiles are checked like any other. Read in 2.11, 2.13.
     """
     return float(value) if value.node.has_hint() else None
+
+
+def keep_as_call(op: Any) -> None:
+    """Let Inductor call an operator where its decomposition declines, which it otherwise takes for a mistake.
+
+    ``make_fallback`` with ``override_decomp``: read in 2.11, 2.13.
+    """
+    from torch._inductor import lowering
+
+    if op not in lowering.lowerings:
+        lowering.make_fallback(op, warn=False, override_decomp=True)

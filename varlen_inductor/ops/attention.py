@@ -16,6 +16,8 @@ Schema of ``varlen_attn``::
     position_q/k         (T_q,), (T_k,) int: with both, query i sees the keys j with
                          position_q[i] - left <= position_k[j] <= position_q[i] + right
     kernels              as ``varlen_inductor.config.kernels``, which is meant by None
+    tails_unread         the caller reads no row behind the last sequence, neither of the results nor of the gradients, and no
+                         lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved)
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), natural logarithm, float64 for float64 operands and float32 else;
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0
@@ -40,7 +42,7 @@ from varlen_inductor.ops.validate import check_lengths, check_operands
 
 _OPTIONS = (
     "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
-    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None"
+    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False"
 )
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -78,9 +80,10 @@ def _arguments(
     position_q: Tensor | None = None,
     position_k: Tensor | None = None,
     kernels: str | None = None,
+    tails_unread: bool = False,
 ) -> tuple[Layout, Rule, str | None]:
     """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
-    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k)
+    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2] or 1)
     return layout, Rule(scale, window_left, window_right, dropout_p), kernels

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     seqused_k: Tensor | None = None
     position_q: Tensor | None = None
     position_k: Tensor | None = None
+    tails_unread: bool = False
 
 
 class Rule(NamedTuple):

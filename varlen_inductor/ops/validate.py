@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> None:
     """Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or number."""
-    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k = layout
+    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k, _ = layout
     _, window_left, window_right, dropout_p = rule
     _check_tokens(query, key, value)
     device = query.device
@@ -96,7 +96,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def check_lengths(layout: Layout, tokens_q: int, tokens_k: int) -> None:
     """Raises ``ValueError`` if the offsets do not describe sequences within the tokens. Waits for the device."""
-    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, _, _ = layout
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, _, _, _ = layout
     _check_sequences("cu_seq_q", cu_seq_q, tokens_q, "query", "max_q", max_q)
     lengths = _check_sequences("cu_seq_k", cu_seq_k, tokens_k, "key", "max_k", max_k if seqused_k is None else tokens_k)
     if seqused_k is None:

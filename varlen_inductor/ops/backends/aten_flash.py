@@ -60,7 +60,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     layout = _contiguous(_without_used(layout, key.shape[0]) if rule.dropout_p > 0.0 else layout)
     out, lse, rng_state = _run(_ready(query, dim), _ready(key, dim), _ready(value, dim), layout, rule)
     out = out[..., :dim_v].contiguous()
-    finish_forward(out, lse, layout.cu_seq_q)
+    if not layout.tails_unread:
+        finish_forward(out, lse, layout.cu_seq_q)
     return out, lse, rng_state if rule.dropout_p > 0.0 else rng_state.new_empty(0)
 
 
@@ -89,7 +90,8 @@ def backward(
         grad_key[..., : key.shape[2]].contiguous(),
         grad_value[..., : value.shape[2]].contiguous(),
     )
-    finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
+    if not layout.tails_unread:
+        finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
     return grads
 
 
@@ -176,7 +178,7 @@ def _ready(x: Tensor, dim: int) -> Tensor:
 
 
 def _contiguous(layout: Layout) -> Layout:
-    cu_seq_q, cu_seq_k, _, _, seqused_k, _, _ = layout
+    cu_seq_q, cu_seq_k, seqused_k = layout.cu_seq_q, layout.cu_seq_k, layout.seqused_k
     if cu_seq_q.shape[0] - 1 > MAX_SEQUENCES:
         raise RuntimeError(f"cu_seq_q has {cu_seq_q.shape[0] - 1} sequences; the kernels take {MAX_SEQUENCES}: split the batch")
     if cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous() and (seqused_k is None or seqused_k.is_contiguous()):

@@ -1,0 +1,131 @@
+"""varlen_attn in Inductor: PyTorch's own FlashAttention operators where they are the kernel of choice.
+
+Our operator is Python to the dispatcher; a packed training step calls it twice a layer, and is bound by the host. Where the choice
+falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
+the generated code calls without any Python of ours (and which AOTInductor can call, too).
+
+    before                                                        after
+    %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlen_inductor import _compat, config
+from varlen_inductor.ops.backends import aten_flash, choose
+from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
+
+_ops = torch.ops.varlen_inductor
+_aten = torch.ops.aten
+
+
+def _direct(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
+    """Whether the ATen operator alone does what ours promises here."""
+    if query.device.type != "cuda" or not layout.tails_unread or layout.seqused_k is not None:
+        return False
+    if query.shape[2] != value.shape[2] or query.shape[2] % 8:
+        return False
+    if layout.cu_seq_q.shape[0] - 1 > aten_flash.MAX_SEQUENCES:
+        return False
+    if rule.window_right not in (UNBOUNDED, 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
+        return False
+    problem = Problem.of(query, key, value, layout, rule)
+    return choose(problem, kernels or config.kernels).backend.name == "aten_flash"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As the kernels read it: 16 bytes at a time. (Values are usually slices of one projection; those are aligned.)"""
+    good = x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(0) % 8 == 0
+    return x if good else x.contiguous()
+
+
+def _split(
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    head_dim: int,
+    scale: float | None = None,
+    window_left: int = UNBOUNDED,
+    window_right: int = UNBOUNDED,
+    dropout_p: float = 0.0,
+    seqused_k: Tensor | None = None,
+    position_q: Tensor | None = None,
+    position_k: Tensor | None = None,
+    kernels: str | None = None,
+    tails_unread: bool = False,
+) -> tuple[Layout, Rule, str | None]:
+    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread)
+    return layout, Rule(scale or 1.0 / math.sqrt(head_dim), window_left, window_right, dropout_p), kernels
+
+
+def _windows(rule: Rule) -> dict[str, Any]:
+    return {"scale": rule.scale, "window_size_left": rule.window_left, "window_size_right": rule.window_right}
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    layout, rule, kernels = _split(*args, head_dim=query.shape[2], **options)
+    if not _direct(query, key, value, layout, rule, kernels):
+        return NotImplemented
+    out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
+        _aligned(query),
+        _aligned(key),
+        _aligned(value),
+        layout.cu_seq_q,
+        layout.cu_seq_k,
+        layout.max_q,
+        layout.max_k,
+        rule.dropout_p,
+        rule.causal,
+        False,
+        **_windows(rule),
+    )
+    return out, lse, rng_state if rule.dropout_p > 0.0 else query.new_empty((0,), dtype=torch.uint64)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    layout, rule, kernels = _split(*args, head_dim=query.shape[2], **options)
+    if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels):
+        return NotImplemented
+    return _aten._flash_attention_backward.default(
+        _aligned(grad_out),
+        _aligned(query),
+        _aligned(key),
+        _aligned(value),
+        out,
+        lse,
+        layout.cu_seq_q,
+        layout.cu_seq_k,
+        layout.max_q,
+        layout.max_k,
+        rule.dropout_p,
+        rule.causal,
+        rng_state,
+        rng_state,  # not used by these kernels
+        **_windows(rule),
+    )
+
+
+def register() -> None:
+    """Register the decompositions with Inductor; further calls do nothing."""
+    table = {_ops.varlen_attn.default: _forward, _ops.varlen_attn_backward.default: _backward}
+    _compat.register_inductor_decompositions(table)
+    for op in table:
+        _compat.keep_as_call(op)
