@@ -101,3 +101,17 @@ def test_failure_is_shown() -> None:
 
     with stub_driver(stumble):
         assert "a pass stumbled" in str(varlen_inductor.explain(MaskedAttention(), *padded_batch()))
+
+
+def test_with_the_real_passes() -> None:
+    model, (x, valid) = MaskedAttention(), padded_batch()
+    explanation = varlen_inductor.explain(model, x, valid)
+    (site,) = explanation.sites
+    assert (site.decision, site.reason) == ("rewritten", "")
+    assert "valid[b, k]" in site.mask
+    assert "varlen_attn" in explanation.graph_after
+    assert "varlen_attn" not in explanation.graph_before
+    with config.patch(packing="off"):
+        (site,) = varlen_inductor.explain(model, x, valid).sites
+    assert site.decision == "kept"
+    assert "packing" in site.reason
