@@ -160,9 +160,7 @@ class _Decision:
         if pairs is not None:
             raise NotProven(f"the mask is data for every pair of positions: {_leaf(self.it, pairs)}")
         if any(t.op == "floordiv" for t in (x.args if x.op == "linear" else (x,))):
-            raise NotProven(
-                f"the mask keeps attention within chunks of positions (`{v.text}`){self._where(v)}: not rewritten yet"
-            )
+            raise NotProven(f"the mask keeps attention within chunks of positions (`{v.text}`){self._where(v)}: not rewritten yet")
         raise NotProven(f"the mask relates query and key in a way that is no window: `{v.text}`{self._where(v)}")
 
     def _where(self, v: Variable) -> str:

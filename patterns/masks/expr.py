@@ -78,13 +78,18 @@ class Expr:
         return f"<{text(self)}>"
 
 
+# Keys hold identities only: a graph holds its proofs, proofs hold expressions, and expressions hold nodes and so the graph; a key
+# that held a node would keep all of them alive for ever.
 _TABLE: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 
 
 def intern_expr(op: str, args: tuple[Expr, ...] = (), payload: Any = None, dtype: torch.dtype | None = None) -> Expr:
     """The one expression with these parts."""
-    # 1, 1.0, True and -0.0, 0.0 compare equal in Python but are different constants.
-    key = (op, args, (type(payload), repr(payload)) if op == "const" else payload, dtype)
+    if op == "const":  # 1, 1.0, True and -0.0, 0.0 compare equal in Python but are different constants
+        token: Any = (type(payload), repr(payload))
+    else:
+        token = id(payload) if isinstance(payload, fx.Node) else payload
+    key = (op, tuple(map(id, args)), token, dtype)
     found = _TABLE.get(key)
     if found is None:
         found = _TABLE[key] = Expr(op, args, payload, dtype)

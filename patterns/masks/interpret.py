@@ -204,7 +204,7 @@ class Interpreter:
 
     def _representative(self, node: fx.Node) -> fx.Node:
         """The first node of the graph that computes the same value (``mask.sum(1)`` written twice is one leaf)."""
-        if node.op != "call_function":
+        if op_name(node) not in _SUMMARIES:
             return node
         if self._canonical is None:
             self._canonical = self._number_values(node.graph)
@@ -222,14 +222,12 @@ class Interpreter:
         return canonical
 
 
-# Functions of their arguments alone that masks are computed with and that are not looked into.
-_PURE = frozenset(
-    (
-        *("sum", "cumsum", "any", "all", "max", "min", "amax", "amin", "argmax", "argmin", "count_nonzero", "mean"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "rsub", "div", "clamp", "logical_not", "bitwise_not"),
-        *("index", "gather", "embedding", "to", "_to_copy", "unsqueeze", "squeeze", "view", "reshape", "expand", "slice"),
-    )
-)
+# What masks are computed with and is not looked into, and the functions of their arguments alone that may lead up to it.
+_SUMMARIES = frozenset({"sum", "cumsum", "any", "all", "max", "min", "amax", "amin", "argmax", "argmin", "count_nonzero", "mean"})
+_PURE = _SUMMARIES | {
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "rsub", "div", "clamp", "logical_not", "bitwise_not"),
+    *("to", "_to_copy", "unsqueeze", "squeeze", "view", "reshape", "expand", "slice", "select"),
+}
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:
@@ -265,6 +263,4 @@ def _is_fresh(node: fx.Node) -> bool:
     return name not in _MAYBE_VIEWS and all(r.alias_info is None for r in target._schema.returns)
 
 
-_MAYBE_VIEWS = frozenset(
-    {"to", "contiguous", "reshape", "flatten", "type_as", "expand_as", "view_as", "reshape_as", "meshgrid"}
-)
+_MAYBE_VIEWS = frozenset({"to", "contiguous", "reshape", "flatten", "type_as", "expand_as", "view_as", "reshape_as", "meshgrid"})

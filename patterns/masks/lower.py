@@ -41,7 +41,7 @@ _COMPARE: dict[str, tuple[Any, Any]] = {
     "le": (aten.le, aten.ge),
     "eq": (aten.eq, aten.eq),
 }
-_TAKES_NUMBERS = frozenset({"add", "sub", "mul", "div", "times", "mod"})
+_TAKES_NUMBERS = frozenset({"add", "sub", "mul", "div", "times"})
 _UNARY: dict[str, Any] = {
     "not": aten.logical_not.default,
     "neg": aten.neg.default,
@@ -177,6 +177,8 @@ class Lowering:
 
     def _binary(self, e: Expr) -> Any:
         a, b = e.args
+        if e.op == "mod" and b.is_const:
+            return self.call(aten.remainder.Scalar, self.tensor(a), b.payload)
         return self.call(_BINARY[e.op], self.tensor(a), self(b) if e.op in _TAKES_NUMBERS else self.tensor(b))
 
     def _linear(self, e: Expr) -> Any:

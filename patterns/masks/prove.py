@@ -10,7 +10,6 @@ score are exactly a condition on the key, and one on the query, and one on their
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from .scores import ScoreStep
 __all__ = ["prove"]
 
 Snapshot = tuple[tuple[fx.Node, Any, Any], ...]
-_PROOFS: weakref.WeakKeyDictionary[fx.Graph, dict[Any, tuple[Snapshot, MaskProof | NotProven]]] = weakref.WeakKeyDictionary()
+Memory = dict[Any, tuple[Snapshot, MaskProof | NotProven]]
 
 
 def prove(
@@ -65,7 +64,7 @@ def prove(
         tuple((name, str(size_of(n))) for name, n in sorted(layout.sizes.items())),
         (dtype, is_causal, spelling, opaque),
     )
-    proofs = _PROOFS.setdefault(ops[0].mask.graph, {}) if ops else {}
+    proofs = _memory_of(ops[0].mask.graph) if ops else {}
     if key in proofs and all(n.args is args and n.kwargs is kwargs for n, args, kwargs in proofs[key][0]):
         result = proofs[key][1]
     else:
@@ -74,6 +73,12 @@ def prove(
     if isinstance(result, NotProven):
         raise NotProven(result.reason)
     return result
+
+
+def _memory_of(graph: fx.Graph) -> Memory:
+    """The proofs made about a graph.  The graph holds them: they refer to its nodes, and go with it."""
+    memory: Memory = graph.__dict__.setdefault("_varlen_mask_proofs", {})
+    return memory
 
 
 def _prove(

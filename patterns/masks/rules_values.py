@@ -116,6 +116,37 @@ def arithmetic(it: Interpreter, op: str, left: Expr, right: Expr, dtype: torch.d
     return it.b.arith(op, (left, right), dtype)
 
 
+@rule("bmm", "matmul", "mm", "outer")
+def _product(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
+    """The product of a column and a row, as in ``mask[:, :, None] @ mask[:, None, :]``: nothing is summed."""
+    left, right = a["self"], a.get("mat2", a.get("other", a.get("vec2")))
+    zero, ranks = it.b.integer(0), (value_of(left).dim(), value_of(right).dim())
+    if plain_name(node) == "outer":
+        columns, rows = (idx[0],), (idx[1],)
+    elif min(ranks) < 2 or not it.is_one(value_of(left).shape[-1]):
+        raise Unsupported
+    else:
+        columns = it.broadcast(left, (*idx[:-1], zero))
+        rows = it.broadcast(right, (*idx[:-2], zero, idx[-1]))
+    return arithmetic(it, "mul", it.at(left, columns), it.at(right, rows), value_of(node).dtype)
+
+
+@rule("einsum")
+def _einsum(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
+    """``einsum("bi,bj->bij", mask, mask)``: a product in which nothing is summed."""
+    inputs, arrow, output = a["equation"].replace(" ", "").partition("->")
+    if not arrow or "." in inputs or not set(inputs) - {","} <= set(output):
+        raise Unsupported
+    place = dict(zip(output, idx, strict=True))
+    e: Expr | None = None
+    for letters, x in zip(inputs.split(","), a["tensors"], strict=True):
+        own = (it.b.integer(0) if it.is_one(n) else place[c] for c, n in zip(letters, value_of(x).shape, strict=True))
+        factor = it.at(x, tuple(own))
+        e = factor if e is None else arithmetic(it, "mul", e, factor, value_of(node).dtype)
+    assert e is not None
+    return e
+
+
 @rule("div", "true_divide", "floor_divide", "divide")
 def _div(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
     left, right, dtype = it.arg(a["self"], idx), it.arg(a["other"], idx), value_of(node).dtype
@@ -234,7 +265,7 @@ def _any(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
     source, dims = a["self"], a.get("dim")
     shape = value_of(source).shape
     dims = list(range(len(shape))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    if len(dims) != 1 or not it.same(shape[dims[0]], it.b.sizes["k"]):
+    if len(dims) != 1 or "k" not in it.b.sizes or not it.same(shape[dims[0]], it.b.sizes["k"]):
         raise Unsupported(f"`{node.target}` does not run over the keys")
     dim, rest = dims[0] % len(shape), list(idx)
     if a.get("keepdim"):

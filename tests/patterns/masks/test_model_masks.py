@@ -81,9 +81,7 @@ MODELS: dict[str, tuple[type, Callable[[], Any]]] = {
     "deberta": (hf.DebertaV2Model, lambda: hf.DebertaV2Config(**SIZES)),
 }
 
-PADDING, CAUSAL, WINDOW = (
-    f"key: attention_mask[b, k] != 0{rule}" for rule in ("", "; causal", "; window: q - 3 <= k <= q + 3")
-)
+PADDING, CAUSAL, WINDOW = (f"key: attention_mask[b, k] != 0{rule}" for rule in ("", "; causal", "; window: q - 3 <= k <= q + 3"))
 EXPECTED: dict[tuple[str, str], list[str]] = {
     ("bert", "sdpa"): [f"{PADDING} / zero"],
     ("bert", "eager"): [f"{PADDING} / uniform"],
@@ -117,9 +115,7 @@ def test_position_bias_is_refused() -> None:
         config._attn_implementation = implementation
         inputs = {"input_ids": torch.randint(3, 50, (B, S)), "attention_mask": attention_mask()}
         (reason,) = masks_of(cls(config), inputs, train=implementation == "sdpa")
-        assert reason.startswith(
-            "refused: the mask adds a learned bias" if implementation == "sdpa" else "refused: the mask adds"
-        )
+        assert reason.startswith("refused: the mask adds a learned bias" if implementation == "sdpa" else "refused: the mask adds")
         assert "modeling_t5.py:" in reason
 
 
@@ -184,9 +180,7 @@ class MultiHead(nn.Module):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("boolean", [False, True])
-@pytest.mark.parametrize(
-    "make", [Encoder, lambda: MultiHead(False), lambda: MultiHead(True)], ids=["encoder", "mha", "weights"]
-)
+@pytest.mark.parametrize("make", [Encoder, lambda: MultiHead(False), lambda: MultiHead(True)], ids=["encoder", "mha", "weights"])
 def test_key_padding_mask_of_torch_modules(make: Callable[[], nn.Module], boolean: bool, train: bool) -> None:
     pad = attention_mask() == 0
     mask = pad if boolean else torch.zeros(B, S).masked_fill(pad, -INF)

@@ -44,9 +44,7 @@ class Inputs:
             ints(b, k, high=wide),
             ints(b, q, high=2).bool(),
             ints(b, high=k + 2),
-            ints(b, k, high=2).float()
-            if self.seed % 3
-            else torch.zeros(b, k).masked_fill(ints(b, k, high=2).bool(), -torch.inf),
+            ints(b, k, high=2).float() if self.seed % 3 else torch.zeros(b, k).masked_fill(ints(b, k, high=2).bool(), -torch.inf),
             ints(k, high=2),
             ints(b, 1, q, k, high=2).bool(),
         ]
