@@ -88,6 +88,18 @@ def test_passes_see_the_whole_graph_and_the_result_is_cut(nested: bool, route: s
         torch.testing.assert_close(ours, eager)
 
 
+def test_compiled_inside_ddp() -> None:
+    model, x = Network(), torch.randn(2, WIDTH)
+    driver = Driver(nested=True)
+    with stub_driver(driver), config.patch(inner_backend="aot_eager", strict=True):
+        wrapped = DistributedDataParallel(torch.compile(model, backend="varlen_inductor"), bucket_cap_mb=1)
+        got = gradients(wrapped, x, list(model.parameters()))
+    assert driver.linears == [3]
+    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] > 1
+    for ours, eager in zip(got, gradients(model, x, list(model.parameters())), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 def test_other_backends_are_cut_as_before() -> None:
     sizes: list[int] = []
 
