@@ -156,7 +156,16 @@ _UNRECORDED_MODULES = {
 
 # Calls that leave nothing behind which a result depends on.
 _HARMLESS = frozenset(
-    {"_check", "_check_is_size", "_check_with", "_check_value", "_check_tensor_all", "_assert", "_log_api_usage_once"}
+    {
+        "_assert",
+        "_check",
+        "_check_is_size",
+        "_check_tensor_all",
+        "_check_value",
+        "_check_with",
+        "_log_api_usage_once",
+        "lazy_load_decompositions",
+    }
 )
 
 
@@ -176,8 +185,10 @@ def _refuse_what_tracing_loses(gm: fx.GraphModule) -> None:
             functions.append((str(getattr(node.target, "__module__", None) or ""), node.target))
     for prefix, reason in _UNRECORDED_MODULES.items():
         for module, target in functions:
-            if (module == prefix or module.startswith(prefix + ".")) and not _is_kept_by_tracing(target):
-                raise NotNormalisable(f"{reason} ({getattr(target, '__name__', target)})")
+            name = getattr(target, "__name__", str(target))
+            within = module == prefix or module.startswith(prefix + ".")
+            if within and name not in _HARMLESS and not _is_kept_by_tracing(target):
+                raise NotNormalisable(f"{reason} ({name})")
 
 
 def _is_kept_by_tracing(target: Any) -> bool:

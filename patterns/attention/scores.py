@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from varlen_inductor import _compat
+
 from ..literals import number_of
 from ..masks import MaskOp
 from ..nodes import arguments, aten, calls, operator_name, same_size, shape
@@ -27,7 +29,8 @@ _PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 _NEAR_PRODUCT = (
     *_SAME, *_VIEWS, aten.mul, aten.div, aten.add, aten.sub, aten.rsub, aten.neg, aten.masked_fill, aten.where, aten.expand,
     aten.tanh, aten.clamp, aten.dropout, aten.relu, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.sub_, aten.fill_,
-    aten.maximum, aten.minimum, aten.index_put, aten.index_put_, aten.slice_scatter, aten.copy_, aten.square, aten.pow,
+    aten.maximum, aten.minimum, aten.index_put, aten.index_put_, aten.slice_scatter, aten.select_scatter, aten.copy_,
+    aten.square, aten.pow,
 )  # fmt: skip
 
 
@@ -199,13 +202,13 @@ class _Walk:
     def _filled_with(self, value: object) -> float | fx.Node:
         """What a masked score holds in the end: it is scaled with the others if the scale comes later."""
         number = number_of(value)
-        if number is not None and not self.factors:
-            return float(number) * self.scale
-        if number is None and (not isinstance(value, fx.Node) or value.meta["val"].numel() != 1):
+        if number is None and isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymFloat):
+            number = _compat.fix_symbol(value.meta["val"])
+        if number is None and not _is_one_element(value):
             raise NotAttention("its masked scores are replaced by a tensor of different values")
-        if self.scale != 1.0 or self.factors:
+        if self.factors or (number is None and self.scale != 1.0):
             raise NotAttention("its mask is applied before the scores are scaled")
-        return value  # type: ignore[return-value]
+        return value if number is None else float(number) * self.scale  # type: ignore[return-value]
 
     def _mask(self, node: fx.Node, op: MaskOp) -> None:
         if self.cast_down:
@@ -213,6 +216,11 @@ class _Walk:
         self.mask_ops.append(op)
         self.mask_shapes.append(shape(node))
         self.dtypes.add(node.meta["val"].dtype)
+
+
+def _is_one_element(value: object) -> bool:
+    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(fake, torch.Tensor) and fake.numel() == 1
 
 
 def _one_per_query(factor: object) -> bool:

@@ -21,12 +21,14 @@ from .interior import interior_of
 ANCHORS = (aten.scaled_dot_product_attention.default,)
 
 
-def match(node: fx.Node, facts: Facts) -> Candidate:
-    """The attention that an SDPA node computes.
+def match(node: fx.Node, facts: Facts) -> Candidate | None:
+    """The attention that an SDPA node computes; None if nothing uses it.
 
     Raises:
         NotAttention: a layout that the varlen form does not have.
     """
+    if node not in facts.live:
+        return None
     given = arguments(node)
     query, key, value = given["query"], given["key"], given["value"]
     rank = len(shape(query))

@@ -193,9 +193,7 @@ def assert_same(
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, equal_nan=True)
     assert our_gradients.keys() == eager_gradients.keys()
     for name, gradient in eager_gradients.items():
-        torch.testing.assert_close(
-            our_gradients[name], gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(our_gradients[name], gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(our_buffers, eager_buffers)
 
 
