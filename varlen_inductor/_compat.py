@@ -233,7 +233,7 @@ def register_log() -> None:
 
 
 def structured_trace_wanted() -> bool:
-    """Whether anyone reads structured traces (``TORCH_TRACE``, ``TORCH_COMPILE_DEBUG``).
+    """Whether anyone reads structured traces (``TORCH_TRACE``; in 2.13 ``TORCH_COMPILE_DEBUG`` too).
 
     There is always a handler; without a folder to write to it removes itself when it is first used. Read in 2.11, 2.13.
     """
