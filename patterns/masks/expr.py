@@ -152,16 +152,24 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _group(e: Expr) -> str:
-    atomic = e.op in ("const", "index", "sym", "load", "abs", "max", "min", "where", "any", "cast")
-    return text(e) if atomic else f"({text(e)})"
+_ATOMIC = frozenset({"const", "index", "sym", "load", "abs", "max", "min", "where", "any", "cast"})
+_COMPARISONS = frozenset({"lt", "le", "eq", "int_le", "int_eq"})
 
 
-def _side(terms: list[tuple[Expr, int]], const: int) -> str:
-    parts = [_group(t) if c == 1 else f"{c} * {_group(t)}" for t, c in terms]
+def _group(e: Expr, *, logic: bool = False) -> str:
+    """The text of an operand; beside ``and`` and ``or``, comparisons need no parentheses."""
+    clear = logic and (e.op in _COMPARISONS or (e.op == "not" and e.args[0].op in (*_COMPARISONS, *_ATOMIC)))
+    return text(e) if clear or e.op in _ATOMIC else f"({text(e)})"
+
+
+def _sum(terms: list[tuple[Expr, int]], const: int = 0) -> str:
+    """``2 * a - b + 3``."""
+    parts = [(c < 0, _group(t) if abs(c) == 1 else f"{abs(c)} * {_group(t)}") for t, c in terms]
     if const or not parts:
-        parts.append(str(const))
-    return " + ".join(parts)
+        parts.append((const < 0, str(abs(const))))
+    parts.sort(key=lambda part: part[0])
+    first = ("-" if parts[0][0] else "") + parts[0][1]
+    return first + "".join(f" {'-' if minus else '+'} {part}" for minus, part in parts[1:])
 
 
 def _relation(symbol: str, x: Expr, bound: int) -> str:
@@ -177,10 +185,9 @@ def _relation(symbol: str, x: Expr, bound: int) -> str:
         symbol, bound = "<", 0
     if right and symbol == ">" and bound == -1:
         symbol, bound = ">=", 0
-    left_const, right_const = (-bound, 0) if right and bound < 0 else (0, bound)
     if not right:
-        return f"{_side(left, 0)} {symbol} {bound}"
-    return f"{_side(left, left_const)} {symbol} {_side(right, right_const)}"
+        return f"{_sum(left)} {symbol} {bound}"
+    return f"{_sum(left, -bound if bound < 0 else 0)} {symbol} {_sum(right, max(bound, 0))}"
 
 
 def _render(e: Expr) -> str:
@@ -192,15 +199,7 @@ def _render(e: Expr) -> str:
     if op == "load":
         return f"{tensor_name(e.payload)}[{', '.join(text(a) for a in args)}]" if args else tensor_name(e.payload)
     if op == "linear":
-        coefs, const = e.payload
-        positive = [(t, c) for t, c in zip(args, coefs, strict=True) if c > 0]
-        negative = [(t, -c) for t, c in zip(args, coefs, strict=True) if c < 0]
-        out = _side(positive, const if const > 0 or not negative else 0)
-        if negative:
-            out = " - ".join(([] if out == "0" else [out]) + [_side([n], 0) for n in negative])
-            out = ("-" + out) if not positive and const <= 0 else out
-            out += f" - {-const}" if const < 0 else ""
-        return out
+        return _sum(list(zip(args, e.payload[0], strict=True)), e.payload[1])
     if op in ("int_le", "int_eq"):
         return _relation(_SYMBOLS[op], args[0], args[1].payload)
     if op == "not":
@@ -211,7 +210,8 @@ def _render(e: Expr) -> str:
             return f"{_group(inner.args[0])} != {_group(inner.args[1])}"
         return f"not {_group(inner)}"
     if op in _SYMBOLS:
-        return f"{_group(args[0])} {_SYMBOLS[op]} {_group(args[1])}"
+        logic = op in ("and", "or", "xor")
+        return f"{_group(args[0], logic=logic)} {_SYMBOLS[op]} {_group(args[1], logic=logic)}"
     if op in _ARITHMETIC:
         return f"{_group(args[0])} {_ARITHMETIC[op]} {_group(args[1])}"
     if op == "neg":

@@ -119,15 +119,14 @@ def arithmetic(it: Interpreter, op: str, left: Expr, right: Expr, dtype: torch.d
 @rule("bmm", "matmul", "mm", "outer")
 def _product(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
     """The product of a column and a row, as in ``mask[:, :, None] @ mask[:, None, :]``: nothing is summed."""
-    left, right = a["self"], a.get("mat2", a.get("other", a.get("vec2")))
-    zero, ranks = it.b.integer(0), (value_of(left).dim(), value_of(right).dim())
-    if plain_name(node) == "outer":
-        columns, rows = (idx[0],), (idx[1],)
-    elif min(ranks) < 2 or not it.is_one(value_of(left).shape[-1]):
-        raise Unsupported
-    else:
-        columns = it.broadcast(left, (*idx[:-1], zero))
-        rows = it.broadcast(right, (*idx[:-2], zero, idx[-1]))
+    left, right = a["self"], next(a[name] for name in ("mat2", "other", "vec2") if name in a)
+    columns: Index = idx[:1]
+    rows: Index = idx[1:]
+    if plain_name(node) != "outer":
+        if min(value_of(left).dim(), value_of(right).dim()) < 2 or not it.is_one(value_of(left).shape[-1]):
+            raise Unsupported
+        columns = it.broadcast(left, (*idx[:-1], it.b.integer(0)))
+        rows = it.broadcast(right, (*idx[:-2], it.b.integer(0), idx[-1]))
     return arithmetic(it, "mul", it.at(left, columns), it.at(right, rows), value_of(node).dtype)
 
 

@@ -234,7 +234,7 @@ left: i1 + n_1[i0] > 3
 folded: m_1[i0, i2]
 still folded: m_1[i0 // 2, i1]
 assigned: where(i1 <= 1, m_1[i0, i1].to(float32), 0)
-clamped: (i1 <= m_1[i0, i1]) or (m_1[i0, i1] > 1)
+clamped: i1 <= m_1[i0, i1] or m_1[i0, i1] > 1
 dynamic: i0 + 2 <= s96
 dynamic fold: m_1[i0 // 2, i1]
 always: True
