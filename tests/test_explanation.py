@@ -7,7 +7,7 @@ from torch import fx, nn
 
 import varlen_inductor
 from helpers import MaskedAttention, padded_batch, stub_driver
-from varlen_inductor import Explanation, backend, config, report
+from varlen_inductor import Explanation, backend, config, explanation, report
 from varlen_inductor.report import Edge, Region, Report, Site
 
 
@@ -38,17 +38,17 @@ class Noisy(nn.Module):
 def test_rows_regions_and_graphs() -> None:
     model = MaskedAttention()
     with stub_driver(looking):
-        explanation = varlen_inductor.explain(model, *padded_batch())
-    assert isinstance(explanation, Explanation)
-    (site,) = explanation.sites
+        explained = varlen_inductor.explain(model, *padded_batch())
+    assert isinstance(explained, Explanation)
+    (site,) = explained.sites
     assert site.source.startswith("helpers.py:")
-    assert explanation.regions[0].packs == 1
-    assert "scaled_dot_product_attention" in explanation.graph_before
-    assert explanation.graph_after
-    text = str(explanation)
+    assert explained.regions[0].packs == 1
+    assert "scaled_dot_product_attention" in explained.graph_before
+    assert explained.graph_after
+    text = str(explained)
     for word in ("helpers.py", "valid[b, k]", "rewritten (exact)", "region 0"):
         assert word in text
-    assert repr(explanation) == text
+    assert repr(explained) == text
 
 
 def test_nothing_of_the_user_is_disturbed() -> None:
@@ -66,9 +66,9 @@ def test_nothing_of_the_user_is_disturbed() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert dict(torch._dynamo.utils.counters["varlen_inductor"]) == counted
-    explained = torch._dynamo.utils.counters["frames"]["total"]
+    total = torch._dynamo.utils.counters["frames"]["total"]
     compiled(x)
-    assert torch._dynamo.utils.counters["frames"]["total"] == explained > frames
+    assert torch._dynamo.utils.counters["frames"]["total"] == total > frames
 
 
 def test_several_graphs() -> None:
@@ -78,9 +78,9 @@ def test_several_graphs() -> None:
         return model(x, valid)
 
     with stub_driver(looking):
-        explanation = varlen_inductor.explain(broken, *padded_batch(), MaskedAttention())
-    assert len(explanation.reports) == len(explanation.sites) == 2
-    assert "broke the model into 2 graphs" in str(explanation)
+        explained = varlen_inductor.explain(broken, *padded_batch(), MaskedAttention())
+    assert len(explained.reports) == len(explained.sites) == 2
+    assert "broke the model into 2 graphs" in str(explained)
 
 
 def test_keyword_arguments_and_repeated_calls() -> None:
@@ -89,6 +89,19 @@ def test_keyword_arguments_and_repeated_calls() -> None:
         for width in range(2, 14):
             x, valid = padded_batch(batch=width)
             assert len(varlen_inductor.explain(model, x=x, valid=valid).sites) == 1
+
+
+def test_names_of_arguments() -> None:
+    def by_position(x: int, /, y: int) -> None: ...
+
+    def anything(x: int, *rest: int, **more: int) -> None: ...
+
+    def usual(x: int, y: int = 0, *, z: int = 0, **more: int) -> None: ...
+
+    assert explanation._by_name(by_position, (1, 2), {}) == ((1, 2), {})
+    assert explanation._by_name(anything, (1, 2), {"a": 3}) == ((1, 2), {"a": 3})
+    assert explanation._by_name(usual, (1, 2), {"z": 3, "a": 4}) == ((), {"x": 1, "y": 2, "z": 3, "a": 4})
+    assert explanation._by_name(usual, (), {}) == ((), {})
 
 
 def test_no_graph() -> None:
@@ -105,12 +118,12 @@ def test_failure_is_shown() -> None:
 
 def test_with_the_real_passes() -> None:
     model, (x, valid) = MaskedAttention(), padded_batch()
-    explanation = varlen_inductor.explain(model, x, valid)
-    (site,) = explanation.sites
+    explained = varlen_inductor.explain(model, x, valid)
+    (site,) = explained.sites
     assert (site.decision, site.reason) == ("rewritten", "")
     assert "valid[b, k]" in site.mask
-    assert "varlen_attn" in explanation.graph_after
-    assert "varlen_attn" not in explanation.graph_before
+    assert "varlen_attn" in explained.graph_after
+    assert "varlen_attn" not in explained.graph_before
     with config.patch(packing="off"):
         (site,) = varlen_inductor.explain(model, x, valid).sites
     assert site.decision == "kept"

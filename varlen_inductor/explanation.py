@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
     from varlen_inductor import backend
 
     inner = _compat.uncompiled(model)
+    args, kwargs = _by_name(inner, args, kwargs)
 
     def explained(*args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
@@ -97,6 +99,21 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
             f"Dynamo broke the model into {len(reports)} graphs; each is analysed on its own (see TORCH_LOGS=graph_breaks)"
         )
     return Explanation(reports)
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments by keyword where they have a name, so that a mask is called ``valid[b, k]`` in the answer."""
+    try:
+        bound = inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs  # the call itself will say what is wrong, or the signature is not known
+    kinds = [bound.signature.parameters[name].kind for name in bound.arguments]
+    if any(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL) for kind in kinds):
+        return args, kwargs
+    named: dict[str, Any] = {}
+    for (name, value), kind in zip(bound.arguments.items(), kinds, strict=True):
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return (), named
 
 
 @contextmanager
