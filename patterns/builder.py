@@ -8,7 +8,8 @@ once and under the grad mode of its producer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ import sympy
 import torch
 from torch import fx
 
-from .dims import Size, as_size, size_of
-from .domain import Domain, Layout, layout_of, partial_layout, touches
+from .dims import Size, as_size, leaves, size_of
+from .domain import Domain, Layout, layout_of, partial_layout
 from .oprules import Typing, is_tensor, op_name
+from .outputs import Outputs
 from .padvalue import PadValues
 from .site import attention_of
 from .twins import NotPackable, emit_twin, rest_sizes
@@ -73,6 +75,7 @@ class Builder:
         regions: what to pack; a node is in at most one.
         emit_site: emits a canonical attention; returns the packed twin for one inside a region, else the padded value.
         live: the nodes to emit.
+        boundaries: values whose storage is written somewhere: what they hold depends on when they are read.
     """
 
     def __init__(
@@ -82,17 +85,22 @@ class Builder:
         regions: list[Region],
         emit_site: EmitSite,
         live: frozenset[fx.Node],
+        boundaries: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.source = source
         self.table = table
         self.regions = regions
         self.emit_site = emit_site
         self.live = live
+        self.boundaries = boundaries
         self.graph = fx.Graph()
         self.own: set[fx.Node] = set()
         self.views = {region.domain: PackedView(self, region) for region in regions}
         self.region_of = {node: region for region in regions for node in region.nodes}
-        self.tainted: set[fx.Node] = set()
+        self.tainted: dict[fx.Node, set[Domain]] = {}
+        self.lasting = True
+        self._without_grad: set[fx.Node] = set()
+        self._grad_enabled = True
         self._padded: dict[fx.Node, fx.Node] = {}
         self._symbols: dict[sympy.Expr, fx.Node] = {}
         self._current: fx.Node | None = None
@@ -127,7 +135,7 @@ class Builder:
                 continue
             self._current = node
             if node.op == "output":
-                self.graph.output(fx.map_arg(node.args[0], lambda x: self._output(x)))
+                self.graph.output(fx.map_arg(node.args[0], Outputs(self, node)))
                 break
             if node in self.live:
                 self._emit(node)
@@ -153,10 +161,16 @@ class Builder:
         if attention_of(node) is not None:
             self._padded[node] = self.emit_site(self, node)
             self._taint(node)
-        elif op_name(node) == "cross_entropy_loss" and self.region_of.get(node.args[0]) is not None:
-            self._padded[node] = self._loss(node, self.views[self.region_of[node.args[0]].domain])
+        elif op_name(node) == "cross_entropy_loss" and self._reads_unknown_rows(node):
+            self._padded[node] = self._loss(node, self.views[self.region_of[node.args[0]].domain])  # type: ignore[index]
         else:
             self._copy(node)
+
+    def _reads_unknown_rows(self, node: fx.Node) -> bool:
+        """Whether the first operand is packed and nobody knows its padded rows. (Known ones may count in a loss.)"""
+        source = node.args[0]
+        region = self.region_of.get(source)  # type: ignore[arg-type]
+        return region is not None and not region.pad_values.known(source)  # type: ignore[arg-type]
 
     def _loss(self, node: fx.Node, view: PackedView) -> fx.Node:
         """Cross entropy over packed rows; dead rows are ignored by their label.
@@ -190,14 +204,32 @@ class Builder:
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self.padded)
         new.meta = dict(node.meta)
-        self.own.add(new)
+        if node.target is torch._C._set_grad_enabled:
+            self._grad_enabled = bool(node.args[0])
+        self._made(new)
         self._padded[node] = new
         self._taint(node)
 
     def _taint(self, node: fx.Node) -> None:
-        """Note whether padded rows of ``node`` were computed from rows that only stand in for padded ones."""
-        if any(x in self.tainted or x in self.region_of for x in node.all_input_nodes):
-            self.tainted.add(node)
+        """Note in which domains padded rows of ``node`` were computed from rows that only stand in for padded ones.
+
+        Rows of an attention are those of its queries: padded keys are skipped whatever they hold. And where it is known what
+        padded rows hold, that is what they were given.
+        """
+        domains: set[Domain] = set()
+        for x in node.args[:1] if attention_of(node) is not None else node.all_input_nodes:
+            region = self.region_of.get(x)  # type: ignore[arg-type]
+            if region is not None and not region.pad_values.known(x):  # type: ignore[arg-type]
+                domains.add(region.domain)
+            domains |= self.tainted.get(x, set())  # type: ignore[arg-type]
+        domains = {d for d in domains if not self.views[d].region.pad_values.known(node)}
+        if domains:
+            self.tainted[node] = domains
+
+    def _made(self, new: fx.Node) -> None:
+        self.own.add(new)
+        if not self._grad_enabled:
+            self._without_grad.add(new)
 
     # --- the two forms of a value ------------------------------------------------------------------------------------------
 
@@ -209,33 +241,39 @@ class Builder:
             self._padded[node] = self.views[region.domain].unpacked(node, fill, repeat=fill is None)
         return self._padded[node]
 
-    def _output(self, node: fx.Node) -> fx.Node:
-        region = self.region_of.get(node)
-        if region is not None:
-            fill = region.pad_values.value(node)
-            return self.views[region.domain].unpacked(node, fill or 0, repeat=False)
-        if node in self.tainted and is_tensor(node):
-            for view in self.views.values():
-                if view.layout(node) is not None and view.plan is not None:
-                    return view.zeroed(node)
-        return self.padded(node)
-
     # --- emitting ----------------------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         if self._current is not None and "stack_trace" in self._current.meta:
             node.meta["stack_trace"] = self._current.meta["stack_trace"]
-        self.own.add(node)
+        self._made(node)
         return node
 
-    def after(self, *nodes: fx.Node) -> Any:
-        """Insert right behind the last of ``nodes`` (behind all inputs, if it is one)."""
+    @contextmanager
+    def after(self, *nodes: fx.Node, here: bool = False) -> Iterator[None]:
+        """Insert right behind the last of ``nodes`` (behind all inputs, if it is one), under the grad mode of the first one.
+
+        If there is no such place, or with ``here``, insert where the graph ends now; then ``lasting`` is false until the next
+        call: what was inserted is for the current reader alone.
+        """
         last = max(nodes)
         if last.op == "placeholder":
             assert self._last_input is not None
             last = self._last_input
-        return self.graph.inserting_before(last.next)
+        while last.op != "root" and nodes[0] not in self._without_grad and last in self._without_grad:
+            last = last.next
+        lasting = not here and last.op != "root"
+        enabled = self._grad_enabled
+        try:
+            if lasting:
+                self._grad_enabled = last not in self._without_grad
+                with self.graph.inserting_before(last.next):
+                    yield
+            else:
+                yield
+        finally:
+            self._grad_enabled, self.lasting = enabled, lasting
 
     def size(self, size: Size | int | torch.SymInt) -> Any:
         """A size as an argument: an int, or the node of the new graph that holds it."""
@@ -306,9 +344,12 @@ class PackedView:
         return layout_of(self.table[node].dims, self.domain) if is_tensor(node) else None
 
     def touches(self, node: fx.Node) -> bool:
-        return is_tensor(node) and (
-            touches(self.table[node].dims, self.domain) or partial_layout(self.table[node].dims, self.domain) is not None
-        )
+        return is_tensor(node) and not self.free_of_tokens(node)
+
+    def free_of_tokens(self, node: fx.Node) -> bool:
+        """Whether ``node`` varies with neither position nor batch row of the domain, not even in part."""
+        tokens = {*self.domain.batch, *self.domain.position}
+        return all(tokens.isdisjoint(leaves(dim)) for dim in self.table[node].dims)
 
     def shape(self, node: fx.Node) -> list[Any]:
         """The shape argument of the twin of ``node``."""
@@ -347,17 +388,20 @@ class PackedView:
         """The packed form of a value with token rows."""
         if node in self.twins:
             return self.twins[node]
-        if node not in self._packs:
-            self._packs[node] = self._pack(node)
-        return self._packs[node]
+        if node in self._packs:
+            return self._packs[node]
+        made = self._pack(node)
+        if self.builder.lasting:
+            self._packs[node] = made
+        return made
 
     def _pack(self, node: fx.Node) -> fx.Node:
         plan, layout = self.ready(), self.layout(node)
         if layout is None:
             raise NotPackable(f"{node.name} has no token rows")
         padded = self.builder.padded(node)
-        with self.builder.after(padded, plan.index, plan.inverse):
-            rows = self._to_rows(padded, layout)
+        with self.builder.after(padded, plan.index, plan.inverse, here=node in self.builder.boundaries):
+            rows = self.to_rows(padded, layout)
             return self._crossed("pack", node, self.call(torch.ops.varlen_inductor.pack.default, rows, plan.index, plan.inverse))
 
     def _crossed(self, kind: str, node: fx.Node, emitted: fx.Node) -> fx.Node:
@@ -377,7 +421,7 @@ class PackedView:
     def _positions(self) -> Any:
         return self.size(self.domain.batch_size * self.domain.length)
 
-    def _to_rows(self, padded: fx.Node, layout: Layout) -> fx.Node:
+    def to_rows(self, padded: fx.Node, layout: Layout) -> fx.Node:
         """(B * S, *rest) from any layout."""
         order = self._rows_order(layout)
         split = padded
@@ -429,17 +473,17 @@ class PackedView:
             valid = self.call(aten.permute.default, valid, [1, 0])
         return self.call(aten.reshape.default, valid, shape)
 
-    def zeroed(self, node: fx.Node) -> fx.Node:
-        """The padded form of ``node`` with zeros in its padded rows."""
-        padded = self.builder.padded(node)
+    def zeroed(self, node: fx.Node, padded: fx.Node) -> fx.Node:
+        """``padded``, the padded form of ``node``, with zeros in its padded rows."""
         layout = self.layout(node)
         assert layout is not None
+        zero = False if node.meta["val"].dtype is torch.bool else 0  # an integer would make an integer of it
         if any(n != 1 for n in layout.runs_per_dim):
-            rows = self._to_rows(padded, layout)
+            rows = self.to_rows(padded, layout)
             valid = self.call(aten.ge.Scalar, self.ready().inverse, 0)
             valid = self.call(aten.reshape.default, valid, [-1] + [1] * len(layout.rest))
-            return self.from_rows(self.call(aten.where.ScalarOther, valid, rows, 0), node)
-        return self.call(aten.where.ScalarOther, self.valid_like(node), padded, 0)
+            return self.from_rows(self.call(aten.where.ScalarOther, valid, rows, zero), node)
+        return self.call(aten.where.ScalarOther, self.valid_like(node), padded, zero)
 
     def operand(self, x: fx.Node, node: fx.Node) -> fx.Node:
         """``x`` as an operand of the twin of the pointwise ``node``: aligned with ``(T, *rest)`` by broadcasting."""
@@ -456,12 +500,14 @@ class PackedView:
             return packed
         partial = partial_layout(self.table[x].dims, self.domain)
         if partial is None:
-            if touches(self.table[x].dims, self.domain):
+            if not self.free_of_tokens(x):
                 raise NotPackable(f"{x.name} holds its tokens in a way that has no packed form")
             return self._without_token_dims(self.builder.padded(x), x, has_rest, offset)
-        if x not in self._partials:
-            self._partials[x] = self._gather(x, *partial)
-        gathered = self._partials[x]
+        gathered = self._partials.get(x)
+        if gathered is None:
+            gathered = self._gather(x, *partial)
+            if self.builder.lasting:
+                self._partials[x] = gathered
         other = [i for i in range(x.meta["val"].dim()) if i != partial[1]]
         drop = [1 + j for j, i in enumerate(other) if not has_rest[i + offset]]
         if drop:
@@ -474,7 +520,7 @@ class PackedView:
         """A value that varies with only the position (or the batch), for each packed row: (T, *others)."""
         index = self.position_index() if kind == "s" else self.batch_index()
         padded = self.builder.padded(x)
-        with self.builder.after(padded, index):
+        with self.builder.after(padded, index, here=x in self.builder.boundaries):
             moved = padded if dim == 0 else self.call(aten.movedim.int, padded, dim, 0)
             return self._crossed("pack", x, self.call(aten.index_select.default, moved, 0, index))
 

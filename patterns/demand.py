@@ -61,8 +61,8 @@ NOTHING = Demand()
 
 def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes that an output or an effect needs. (The originals of canonical attentions stay in the graph without being live.)"""
-    roots = (n for n in graph.nodes if n.op in ("output", "placeholder") or (n.is_impure() and not _is_random(n)))
-    return ancestors_of(*roots)
+    # Dropping a random operator shifts the generator; that is no change that anyone relies on.
+    return ancestors_of(*(n for n in graph.nodes if n.op in ("output", "placeholder") or n.is_impure(impure_random=False)))
 
 
 def ancestors_of(*nodes: fx.Node) -> frozenset[fx.Node]:
@@ -77,14 +77,10 @@ def ancestors_of(*nodes: fx.Node) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _is_random(node: fx.Node) -> bool:
-    """A random operator counts as impure for FX, because dropping it shifts the generator; that is no change anyone relies on."""
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
-
 # Operations that move tokens to other positions: what follows is no longer aligned with the mask.
 _MOVES_TOKENS = frozenset(
-    "flip roll sort topk argsort gather index index_select scatter scatter_add index_put index_add slice select cat concat narrow repeat "
-    "constant_pad_nd pad chunk split split_with_sizes tensor_split unbind cummax cummin".split()
+    "flip roll sort topk argsort gather index index_select scatter scatter_add index_put index_add slice cat concat narrow repeat "
+    "constant_pad_nd pad chunk split split_with_sizes tensor_split cummax cummin".split()
 )
 
 
@@ -131,6 +127,7 @@ def analyse(
     exact_outputs: bool,
     live: frozenset[fx.Node],
     boundaries: frozenset[fx.Node] = frozenset(),
+    uncheckable: Mapping[fx.Node, str] | None = None,
 ) -> Analysis:
     """The demand on each value of ``graph`` for ``domain``.
 
@@ -139,13 +136,14 @@ def analyse(
         exact_outputs: ``config.padded_rows == "keep"``.
         live: the nodes that some output or effect needs (`live_nodes`); others demand nothing.
         boundaries: values whose storage is written somewhere (rule 6); their rows are demanded as a whole.
+        uncheckable: operations that read some rows, of which data cannot tell in time whether that is harmless, and why not.
     """
     analysis = Analysis(domain)
     carries: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         carries[node] = is_tensor(node) and layout_of(table[node].dims, domain) is not None
         analysis.aligned[node] = _aligned(node, table, domain, analysis, boundaries)
-    walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs)
+    walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs, uncheckable or {})
     for node in reversed(graph.nodes):
         demand = NOTHING
         if node in boundaries and carries[node]:
@@ -167,9 +165,10 @@ def _aligned(
         return False
     ignored = table[node].shape_only
     sources = [x for x in node.all_input_nodes if x not in ignored and (is_tensor(x) or _is_multi(x))]
-    touching = [x for x in sources if any(touches(d, domain) for d in dims_of(table[x]))]
-    if not all(analysis.aligned[x] for x in touching):
+    # Also what is moved and no longer typed as tokens (a slice of them) may become so again (by padding the slice).
+    if not all(analysis.aligned[x] for x in sources):
         return False
+    touching = [x for x in sources if any(touches(d, domain) for d in dims_of(table[x]))]
     if table[node].opaque and touching and node.target is not operator.getitem:
         return False
     moved = op_name(node) in _MOVES_TOKENS and any(mixes_tokens(node, x, table, domain) for x in touching if is_tensor(x))
@@ -185,6 +184,7 @@ class _Walk:
     pad_values: PadValues
     partial_graph: bool
     exact_outputs: bool
+    uncheckable: Mapping[fx.Node, str]
 
     def through(self, user: fx.Node, node: fx.Node) -> Demand:
         """What ``user`` demands of the padded rows of ``node``."""
@@ -203,7 +203,8 @@ class _Walk:
             return Demand(user, "does not keep one row per token")
         special = self._special(user, node)
         if special is not None:
-            return special
+            why = self.uncheckable.get(user)
+            return special if why is None else Demand(user, f"reads some rows, and whether they are padded cannot be checked: {why}")
         if self.table[user].opaque:
             return Demand(user, "is not known to work row by row")
         if mixes_tokens(user, node, self.table, self.domain):
@@ -229,13 +230,11 @@ class _Walk:
         return NOTHING
 
     def _attention(self, user: fx.Node, node: fx.Node) -> Demand:
-        attention = attention_of(user)
-        assert attention is not None
         query, key, value = user.args[:3]
         demand = NOTHING
         if node is query:
             demand = demand | self.analysis.of(user)
-        if node in (key, value) and attention.proof.key != self.domain.predicate:
+        if node in (key, value) and user not in self.domain.sites:
             demand = demand | Demand(user, "reads these rows as keys or values under another mask")
         return demand
 

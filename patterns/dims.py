@@ -82,7 +82,7 @@ def fresh_dims(shape: Sequence[int | torch.SymInt], origin: str = "") -> Dims:
     return tuple(fresh(size, origin) for size in shape)
 
 
-def _quotient(a: Size, b: Size) -> Size | None:
+def quotient(a: Size, b: Size) -> Size | None:
     """``a / b`` when it is a whole number for every value of the symbols, else None."""
     if a.is_Integer and b.is_Integer:
         return a / b if int(a) % int(b) == 0 else None
@@ -91,7 +91,7 @@ def _quotient(a: Size, b: Size) -> Size | None:
 
 
 def _split(atom: Atom, first: Size) -> tuple[Atom, Atom]:
-    rest = _quotient(atom.size, first)
+    rest = quotient(atom.size, first)
     if rest is None:
         raise DimConflict(f"{atom.size} does not split into {first}")
     atom.parts = (Atom(first, atom.origin), Atom(rest, atom.origin))
@@ -112,9 +112,9 @@ def unify(one: Iterable[Atom], other: Iterable[Atom]) -> None:
                 b.parent = a
             # Unifying can turn later leaves into the same atom, so both lists are read afresh.
             left, right = leaves(left[1:]), leaves(right[1:])
-        elif _quotient(a.size, b.size) is not None:
+        elif quotient(a.size, b.size) is not None:
             left[0:1] = _split(a, b.size)
-        elif _quotient(b.size, a.size) is not None:
+        elif quotient(b.size, a.size) is not None:
             right[0:1] = _split(b, a.size)
         else:
             raise DimConflict(f"{a.size} against {b.size}")
@@ -137,11 +137,11 @@ def regroup(dims: Iterable[Dim], shape: Sequence[int | torch.SymInt]) -> Dims:
             if not queue:
                 raise DimConflict("the view has more elements than its source")
             atom = queue.pop(0)
-            rest = _quotient(remaining, atom.size)
+            rest = quotient(remaining, atom.size)
             if rest is not None:
                 group.append(atom)
                 remaining = rest
-            elif _quotient(atom.size, remaining) is not None:
+            elif quotient(atom.size, remaining) is not None:
                 first, second = _split(atom, remaining)
                 group.append(first)
                 queue.insert(0, second)

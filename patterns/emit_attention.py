@@ -67,6 +67,20 @@ class AttentionEmitter:
     kernel: Callable[[fx.Node, bool], str]
 
     def __call__(self, builder: Builder, site: fx.Node) -> fx.Node:
+        """Emit ``site``: its packed twin where it lies in a region, else the padded value.
+
+        Raises:
+            NotPackable: it lies in a region and has no twin; outside of it, it may have a padded form.
+            SiteRefused: it has none either.
+        """
+        try:
+            return self._emit(builder, site)
+        except NotPackable as error:
+            if builder.region_of.get(site) is not None:
+                raise
+            raise SiteRefused(site, f"its operands have no packed form: {error}") from error
+
+    def _emit(self, builder: Builder, site: fx.Node) -> fx.Node:
         attention = attention_of(site)
         assert attention is not None
         domain = self.domain_of(site)
@@ -203,7 +217,3 @@ class AttentionEmitter:
 def _positions(view: PackedView) -> fx.Node:
     return view.position_index()
 
-
-def refuse(site: fx.Node, error: NotPackable) -> SiteRefused:
-    """An attention whose operands have no packed form."""
-    return SiteRefused(site, f"its operands have no packed form: {error}")

@@ -6,38 +6,51 @@ flag for each fact. It runs first; if a flag is false the padded graph runs inst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from varlen_inductor import _compat
+
 from .demand import Read, ancestors_of
 from .dims import as_size
 from .domain import Domain
-from .oprules import Args, Typing, is_tensor
+from .oprules import Args, Typing, is_tensor, op_name
 from .regions import Choice
 from .site import attention_of
 
 aten = torch.ops.aten
-_MOST_NODES = 200
+_MOST_NODES = 500
+# Operators that cost as much as a layer of the model: what needs them is not found out beforehand.
+_COSTLY = frozenset(
+    "linear addmm baddbmm matmul mm bmm einsum conv1d conv2d conv3d convolution scaled_dot_product_attention lstm gru rnn_tanh".split()
+)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """``text`` for the user; ``emit(graph, mask_of)`` adds its 0-d bool to the source graph, given the masks of the domains."""
+    """``text`` for the user; ``emit(graph, mask_of)`` adds its 0-d bool to the source graph, given the masks of the domains.
+
+    ``about`` tells facts with the same text apart: names of tensors are those of the user's source, and not unique.
+    ``asker`` is the attention, or the operation that reads some rows, for whose sake the fact is needed.
+    """
 
     text: str
     emit: Callable[[fx.Graph, dict[Domain, fx.Node]], fx.Node]
+    about: object
+    asker: fx.Node
 
 
 class FactNotCheckable(Exception):
-    """A fact that would take the model itself to find out."""
+    """A fact that cannot be found out before the graph runs; ``asker`` as for `Fact`, None if it is the mask of a domain."""
 
-    def __init__(self, reason: str, nodes: Sequence[fx.Node] = ()) -> None:
+    def __init__(self, reason: str, asker: fx.Node | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.nodes = nodes
+        self.asker = asker
 
 
 def windowed(site: fx.Node) -> bool:
@@ -53,16 +66,16 @@ def facts_of(choice: Choice, table: dict[fx.Node, Typing]) -> list[Fact]:
     Raises:
         FactNotCheckable: for one that the plan cannot find out.
     """
-    facts: dict[str, Fact] = {}
+    facts: dict[tuple[object, str], Fact] = {}
     for site in choice.domains:
         for fact in facts_of_site(choice, site, windows_by_rank=True):
-            facts.setdefault(fact.text, fact)
+            facts.setdefault((fact.about, fact.text), fact)
     for region in choice.regions:
         analysis = choice.analyses[region.domain]
         reads = {read for node in region.nodes if not region.pad_values.known(node) for read in analysis.of(node).reads}
         for read in sorted(reads, key=lambda r: (r.node.name, r.position)):
             fact = _harmless(read, region.domain, table)
-            facts.setdefault(fact.text, fact)
+            facts.setdefault((fact.about, fact.text), fact)
     return list(facts.values())
 
 
@@ -73,13 +86,14 @@ def facts_of_site(choice: Choice, site: fx.Node, *, windows_by_rank: bool) -> li
     """
     attention, domain = attention_of(site), choice.domains[site]
     assert attention is not None
-    facts = [Fact(o.text, lambda graph, masks, o=o: o.emit(graph)) for o in attention.proof.obligations]  # type: ignore[misc]
+    facts = [Fact(o.text, lambda graph, masks, o=o: o.emit(graph), o.leaf, site) for o in attention.proof.obligations]  # type: ignore[misc]
     own = next((r for r in choice.regions if site in r.nodes), None)
     same_domain = own is not None and own.domain is domain
     if windows_by_rank and same_domain and windowed(site) and not domain.predicate.is_prefix:
-        facts.append(_contiguous(domain))
+        facts.append(_contiguous(domain, site))
     if not same_domain and attention.proof.no_valid_key != "zero":
-        facts.append(_never_empty(domain))
+        # A valid query of its own domain sees at least itself.
+        facts.append(_always_a_key(domain, site))
     return facts
 
 
@@ -87,7 +101,7 @@ def _call(graph: fx.Graph, target: Callable[..., object], *args: object, **kwarg
     return graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
 
 
-def _contiguous(domain: Domain) -> Fact:
+def _contiguous(domain: Domain, site: fx.Node) -> Fact:
     def emit(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
         mask = masks[domain]
         starts = _call(graph, aten.diff.default, _call(graph, aten.to.dtype, mask, torch.int8))
@@ -95,14 +109,43 @@ def _contiguous(domain: Domain) -> Fact:
         first = _call(graph, aten.select.int, mask, 1, 0)
         return _call(graph, aten.all.default, _call(graph, aten.le.Scalar, _call(graph, aten.add.Tensor, rising, first), 1))
 
-    return Fact(f"the valid positions of each sequence are contiguous ({domain.predicate.text})", emit)
+    return Fact(f"the valid positions of each sequence are contiguous ({domain.predicate.text})", emit, domain, site)
 
 
-def _never_empty(domain: Domain) -> Fact:
-    def emit(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
-        return _call(graph, aten.all.default, _call(graph, aten.any.dim, masks[domain], 1))
+def _always_a_key(domain: Domain, site: fx.Node) -> Fact:
+    """Every query of ``site`` sees a key (rule 9): what eager gives one that sees none is not what the varlen call gives."""
+    attention = attention_of(site)
+    assert attention is not None
+    left, right = attention.proof.window_left, attention.proof.window_right
+    text = domain.predicate.text
+    if (left, right) == (-1, -1):
 
-    return Fact(f"every sequence has a valid position ({domain.predicate.text})", emit)
+        def emit(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
+            return _call(graph, aten.all.default, _call(graph, aten.any.dim, masks[domain], 1))
+
+        return Fact(f"every sequence has a valid position ({text})", emit, domain, site)
+
+    queries, keys = (x.meta["val"].shape[-2] for x in site.args[:2])  # type: ignore[union-attr]
+    if as_size(queries) != as_size(keys):
+        raise FactNotCheckable("it has a window, another number of queries than keys, and maybe queries that see no key", site)
+
+    def emit_window(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
+        mask = masks[domain]
+        count = _call(graph, aten.cumsum.default, mask, 1)  # valid keys up to and with each position
+        before = _call(graph, aten.constant_pad_nd.default, count, [1, 0])
+        position = _call(graph, aten.sub.Tensor, _call(graph, aten.cumsum.default, _call(graph, aten.ones_like.default, mask), 1), 1)
+        size = _call(graph, aten.sym_size.int, mask, 1)
+
+        def counted(offset: int) -> fx.Node:
+            """How many valid keys lie before position + offset."""
+            at = _call(graph, aten.clamp.default, _call(graph, aten.add.Scalar, position, offset), 0)
+            return _call(graph, aten.gather.default, before, 1, _call(graph, aten.clamp_max.default, at, size))
+
+        low = _call(graph, aten.zeros_like.default, count) if left == -1 else counted(-left)
+        high = _call(graph, aten.slice.Tensor, count, 1, -1) if right == -1 else counted(right + 1)
+        return _call(graph, aten.all.default, _call(graph, aten.gt.Tensor, high, low))
+
+    return Fact(f"every query sees a key ({attention.proof.description})", emit_window, (domain, left, right), site)
 
 
 def _harmless(read: Read, domain: Domain, table: dict[fx.Node, Typing]) -> Fact:
@@ -110,48 +153,86 @@ def _harmless(read: Read, domain: Domain, table: dict[fx.Node, Typing]) -> Fact:
     if read.kind == "position":
 
         def emit_position(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
-            return _call(graph, aten.all.default, _call(graph, aten.select.int, masks[domain], 1, read.position))
+            # A slice and not a selection: a model that reads `[:, :4]` may be given sequences that are shorter.
+            end = read.position + 1 or None
+            return _call(graph, aten.all.default, _call(graph, aten.slice.Tensor, masks[domain], 1, read.position, end))
 
-        return Fact(f"position {read.position} of every sequence is valid ({text})", emit_position)
+        return Fact(f"position {read.position} of every sequence is valid ({text})", emit_position, domain, read.node)
     if read.kind == "index":
         indices = read.node.args[1]
         assert isinstance(indices, (list, tuple))
-        _check_cheap([x for x in indices if isinstance(x, fx.Node)], read)
 
         def emit_index(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
             return _call(graph, aten.all.default, _call(graph, aten.index.Tensor, masks[domain], list(indices)))
 
-        return Fact(f"the position that {read.node.name} reads in every sequence is valid ({text})", emit_index)
+        return Fact(f"the position that {read.node.name} reads in every sequence is valid ({text})", emit_index, domain, read.node)
     a = Args(read.node, table)
     target, ignore = a["target"], a["ignore_index"]
-    _check_cheap([target], read)
 
     def emit_loss(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
         ignored = _call(graph, aten.eq.Scalar, target, ignore)
         valid = _call(graph, aten.reshape.default, masks[domain], [-1])
         return _call(graph, aten.all.default, _call(graph, aten.logical_or.default, ignored, valid))
 
-    return Fact(f"the labels of {read.node.name} are {ignore} at padded positions ({text})", emit_loss)
+    return Fact(f"the labels of {read.node.name} are {ignore} at padded positions ({text})", emit_loss, domain, read.node)
 
 
-def _check_cheap(nodes: Sequence[fx.Node], read: Read) -> None:
-    """A fact is checked before the model runs, so it may depend on inputs but not on what the model computes."""
-    for node in ancestors_of(*nodes):
-        parameter = is_tensor(node) and (node.meta["val"].requires_grad or node.meta.get("requires_grad"))
-        if parameter or node.op == "get_attr":
-            raise FactNotCheckable(f"{read.node.name} reads rows that only the model itself can tell", (read.node,))
-    if len(ancestors_of(*nodes)) > _MOST_NODES:
-        raise FactNotCheckable(f"{read.node.name} reads rows whose choice takes many operations", (read.node,))
+def _check_can_run_first(wanted: fx.Node, written: frozenset[fx.Node], asker: fx.Node | None) -> None:
+    """The plan runs before the graph, on the same inputs: it must be cheap, leave no trace, and find what the graph will find."""
+    needed = ancestors_of(wanted)
+    for node in needed:
+        reason = _unfit_for_plan(node, written)
+        if reason is not None:
+            raise FactNotCheckable(f"it depends on `{node.name}`, which {reason}", asker)
+    if len(needed) > _MOST_NODES:
+        raise FactNotCheckable(f"it takes {len(needed)} operations to compute", asker)
 
 
-def plan_graph(gm: fx.GraphModule, domains: Sequence[Domain], facts: Sequence[Fact]) -> fx.GraphModule:
-    """The plan graph; see the module's docstring. Adds nodes to ``gm``, before its output."""
+def _unfit_for_plan(node: fx.Node, written: frozenset[fx.Node]) -> str | None:
+    if node in written:
+        return "is written in place"
+    if node.op == "placeholder":
+        learned = is_tensor(node) and node.meta.get("requires_grad", False) and _compat.is_parameter_or_buffer(node)
+        return "is learned" if learned else None
+    if node.op == "get_attr":
+        return None
+    if attention_of(node) is not None or op_name(node) in _COSTLY:
+        return "is computed by the model itself"
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.is_mutable:
+            return "is written in place"
+        return "is random" if torch.Tag.nondeterministic_seeded in node.target.tags else None
+    if node.target is operator.getitem or getattr(node.target, "__module__", "") in ("_operator", "math", "torch"):
+        return None
+    return "is computed by an operator that cannot be run twice"
+
+
+def plan_graph(
+    gm: fx.GraphModule, domains: Sequence[Domain], facts: Sequence[Fact], written: frozenset[fx.Node] = frozenset()
+) -> fx.GraphModule:
+    """The plan graph; see the module's docstring.
+
+    Args:
+        written: every value whose storage is written somewhere.
+
+    Raises:
+        FactNotCheckable: something would take the model itself, or a write, to find out.
+    """
     graph = gm.graph
+    before = set(graph.nodes)
     output = next(n for n in graph.nodes if n.op == "output")
-    with graph.inserting_before(output):
-        masks = {domain: emit_mask(graph, domain) for domain in domains}
-        wanted = [*masks.values(), *(fact.emit(graph, masks) for fact in facts)]
-    return _extract(gm, wanted)
+    try:
+        with graph.inserting_before(output):
+            masks = {domain: emit_mask(graph, domain) for domain in domains}
+            for mask in masks.values():
+                _check_can_run_first(mask, written, None)
+            flags = [fact.emit(graph, masks) for fact in facts]
+        for fact, flag in zip(facts, flags):
+            _check_can_run_first(flag, written, fact.asker)
+        return _extract(gm, [*masks.values(), *flags])
+    finally:
+        for node in reversed([n for n in graph.nodes if n not in before]):
+            graph.erase_node(node)
 
 
 def emit_mask(graph: fx.Graph, domain: Domain) -> fx.Node:

@@ -168,6 +168,8 @@ def _pointwise(a: Args) -> Typing:
         tensors = [a["self"]]
     value = a.node.meta["val"]
     shape = value[0].shape if isinstance(value, (tuple, list)) else value.shape
+    if any(len(a.dims(x)) > len(shape) for x in tensors):
+        raise DimConflict("not element by element")  # `where` of a condition alone lists indices
     dims = broadcast([a.dims(x) for x in tensors], shape, a.origin)
     return Typing((dims,) * len(value) if isinstance(value, (tuple, list)) else dims, shape_only=ignored)
 

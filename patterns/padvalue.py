@@ -36,15 +36,23 @@ class PadValues:
         table: the dimension typing of its nodes.
         domain: whose padded rows.
         mask_value: the value of a node that depends only on masks and positions, at padded rows; None if it is not one constant.
+        boundaries: values whose storage is written somewhere: what they hold depends on when they are read.
     """
 
-    def __init__(self, graph: fx.Graph, table: Mapping[fx.Node, Typing], domain: Domain, mask_value: MaskValue) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        table: Mapping[fx.Node, Typing],
+        domain: Domain,
+        mask_value: MaskValue,
+        boundaries: frozenset[fx.Node] = frozenset(),
+    ) -> None:
         self._table = table
         self._domain = domain
         self._mask_value = mask_value
         self._values: dict[fx.Node, Number] = {}
         for node in graph.nodes:
-            value = self._compute(node)
+            value = None if node in boundaries else self._compute(node)
             if value is not None:
                 self._values[node] = value
 
@@ -56,7 +64,8 @@ class PadValues:
 
     def _compute(self, node: fx.Node) -> Number | None:
         if node.op != "call_function" or not is_tensor(node):
-            return self._mask_value(node) if node.op == "placeholder" and self._carries(node) else None
+            given = node.op == "placeholder" and self._carries(node) and _is_mask_like(node)
+            return self._mask_value(node) if given else None
         if not self._carries(node):
             return None
         name = op_name(node)
@@ -112,27 +121,28 @@ class PadValues:
         """Run a pointwise operation on the constants of its operands."""
         if not any(is_tensor(x) and x in self._values for x in node.all_input_nodes):
             return None
-        fakes = []
 
         def constant(x: fx.Node) -> torch.Tensor:
             value = self._operand(x)
             if value is None or not is_tensor(x):
                 raise LookupError(x.name)
-            fakes.append(x)
-            return torch.full((), value, dtype=x.meta["val"].dtype)
+            # Tensors without dimensions have less of a say in the dtype of the result than others.
+            return torch.full((1,) if x.meta["val"].dim() else (), value, dtype=x.meta["val"].dtype)
 
         try:
             args = fx.map_arg(node.args, constant)
             kwargs = {k: v for k, v in fx.map_arg(node.kwargs, constant).items() if k != "device"}
             with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
-            return result.item()
+            return result.to(node.meta["val"].dtype).item()  # type: ignore[no-any-return]
         except (LookupError, RuntimeError, TypeError):
             return None
 
 
 def _is_mask_like(node: fx.Node) -> bool:
-    return node.meta["val"].dtype in (torch.bool, torch.int64, torch.int32) or not node.meta["val"].requires_grad
+    """Whether no gradient flows through it: a constant in place of its padded rows must not cut one off."""
+    value = node.meta["val"]
+    return not (value.is_floating_point() or value.is_complex()) or not node.meta.get("requires_grad", True)
 
 
 def _scalar(node: fx.Node) -> Number | None:

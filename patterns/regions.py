@@ -11,11 +11,13 @@ import torch
 from torch import fx
 
 from .builder import Region
+from .streams import Streams
 from .demand import NOTHING, Analysis, Demand, analyse, mixes_tokens
 from .dims import Atom, Dims, as_size, leaves, size_of
 from .domain import Domain, layout_of
 from .oprules import Typing, is_tensor
-from .padvalue import MaskValue, PadValues
+from .maskvalue import MaskValues
+from .padvalue import PadValues
 from .site import attention_of, attention_site
 from .twins import has_twin
 
@@ -51,35 +53,57 @@ def choose(
     partial_graph: bool,
     exact_outputs: bool,
     boundaries: frozenset[fx.Node],
-    mask_value: Mapping[Domain, MaskValue] | None = None,
+    uncheckable: Mapping[fx.Node, str] | None = None,
 ) -> Choice:
     """Find the domains of a graph with canonical attentions and choose a region for each.
 
     Args:
         mode: ``"model"`` packs every row-wise node whose padded rows nobody needs; ``"attention"`` only the attentions.
-        partial_graph, exact_outputs, boundaries: see `demand.analyse`.
+        partial_graph, exact_outputs, boundaries, uncheckable: see `demand.analyse`.
     """
     choice = Choice()
-    _find_domains(graph, table, live, choice)
+    streams = Streams(graph, table)
+    _find_domains(graph, table, live, choice, streams)
     domains = list(dict.fromkeys(choice.domains.values()))
     taken: set[fx.Node] = set()
     for domain in sorted(domains, key=lambda d: -len(d.sites)):
-        pad_values = PadValues(graph, table, domain, _mask_value(domain))
+        pad_values = PadValues(graph, table, domain, MaskValues(table, domain, boundaries), boundaries)
         analysis = analyse(
-            graph, table, domain, pad_values, partial_graph=partial_graph, exact_outputs=exact_outputs, live=live, boundaries=boundaries
+            graph,
+            table,
+            domain,
+            pad_values,
+            partial_graph=partial_graph,
+            exact_outputs=exact_outputs,
+            live=live,
+            boundaries=boundaries,
+            uncheckable=uncheckable,
         )
         choice.analyses[domain] = analysis
-        nodes = _region_nodes(graph, table, live, domain, analysis, pad_values, mode) - taken
+        nodes = _region_nodes(graph, table, live, domain, analysis, pad_values, mode) & streams.of(domain)
+        nodes -= taken | boundaries
+        if mode == "model":
+            _drop_torn_results(nodes)
         taken |= nodes
         choice.regions.append(Region(domain, nodes, pad_values))
+    _refuse_hidden_queries(choice)
     return choice
 
 
-def _mask_value(domain: Domain) -> MaskValue:
-    return lambda node: domain.predicate.value_where_false(node)
+def _refuse_hidden_queries(choice: Choice) -> None:
+    """A mask that hides queries too: the varlen call knows nothing of it, which is right only where those rows are not run."""
+    for site, domain in choice.domains.items():
+        hidden = attention_of(site).proof.query  # type: ignore[union-attr]
+        own = next((region.domain for region in choice.regions if site in region.nodes), None)
+        if hidden is not None and (own is None or own.predicate != hidden):
+            leak = choice.analyses[domain].of(site)
+            because = f" and {leak.leak.name} {leak.why}" if leak.leak is not None else ""
+            choice.refused[site] = f"its mask also hides queries ({hidden.text}){because}"
 
 
-def _find_domains(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozenset[fx.Node], choice: Choice) -> None:
+def _find_domains(
+    graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozenset[fx.Node], choice: Choice, streams: Streams
+) -> None:
     found: dict[tuple[object, ...], Domain] = {}
     for node in graph.nodes:
         attention = attention_of(node)
@@ -99,7 +123,10 @@ def _find_domains(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozen
         domain.sites.append(node)
         choice.domains[node] = domain
     for domain in found.values():
-        domain.shared = any(other is not domain and set(other.position) & set(domain.position) for other in found.values())
+        domain.shared = any(
+            other is not domain and set(other.position) & set(domain.position) and streams.of(other) & streams.of(domain)
+            for other in found.values()
+        )
 
 
 def _token_atoms(dims: Dims, batch_size: int | torch.SymInt) -> tuple[list[Atom], list[Atom]]:
@@ -147,8 +174,6 @@ def _region_nodes(
                 nodes.add(node)
         elif mode == "model" and _row_wise(node, table, domain) and harmless(node):
             nodes.add(node)
-    if mode == "model":
-        _drop_torn_results(nodes)
     return nodes
 
 

@@ -138,6 +138,8 @@ def _embedding(view: PackedView, node: fx.Node) -> fx.Node:
     a = Args(node, view.table)
     if view.layout(a["indices"]) is None or view.touches(a["weight"]):
         raise NotPackable("its indices have no token rows")
+    if a["scale_grad_by_freq"]:
+        raise NotPackable("its gradient depends on how often each index occurs, padding included")
     return _replay(view, node, indices=view.packed(a["indices"]))
 
 

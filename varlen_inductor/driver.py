@@ -57,6 +57,7 @@ class Sites:
     gm: fx.GraphModule
     lines: dict[fx.Node, report.Site] = field(default_factory=dict)
     boundaries: frozenset[fx.Node] = frozenset()
+    uncheckable: dict[fx.Node, str] = field(default_factory=dict)
 
     def give_up(self, site: fx.Node, reason: str) -> None:
         line = self.lines.pop(site)
@@ -115,7 +116,7 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
         for line in sites.lines.values():
             line.reason = 'config.packing is "off"'
         return Rewrite(made)
-    partial = _compat.is_partial_graph(gm)
+    partial = _compat.is_partial_graph(gm) or _compat.called_by_uncompiled_code()
     attempts: list[regions.Mode] = ["model", "attention"] if mode == "model" else ["attention"]
     for attempt in attempts:
         rewrite = _rewrite_until_settled(sites, made, attempt, partial)
@@ -192,9 +193,14 @@ def _rewrite_until_settled(sites: Sites, made: report.Report, mode: regions.Mode
         except SiteRefused as refusal:
             sites.give_up(refusal.site, refusal.reason)
         except facts.FactNotCheckable as refusal:
-            log.debug("no packed form: %s", refusal.reason)
-            made.notes.append(f"the model is not packed as a whole: {refusal.reason}")
-            return None
+            log.debug("not to be found out beforehand: %s", refusal.reason)
+            if refusal.asker in sites.lines:
+                sites.give_up(refusal.asker, f"what it relies on cannot be checked: {refusal.reason}")
+            elif refusal.asker is not None:
+                sites.uncheckable[refusal.asker] = refusal.reason
+            else:
+                made.notes.append(f"the model is not packed as a whole, because of its mask: {refusal.reason}")
+                return None
     return None
 
 
@@ -210,6 +216,7 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
         partial_graph=partial,
         exact_outputs=config.padded_rows == "keep",
         boundaries=sites.boundaries,
+        uncheckable=sites.uncheckable,
     )
     for site, reason in choice.refused.items():
         raise SiteRefused(site, reason)
@@ -224,12 +231,12 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
         longest_dead=2 * config.round_tokens if mode == "model" else 0,
         kernel=lambda site, positions: _kernel(site, positions, sites, choice),
     )
-    build = Builder(sites.gm, table, choice.regions, emitter, live)
+    build = Builder(sites.gm, table, choice.regions, emitter, live, sites.boundaries)
     build.placeholders()
     domains = [region.domain for region in choice.regions]
     plan = None
     if mode == "model":
-        plan = facts.plan_graph(sites.gm, domains, relied_on)
+        plan = facts.plan_graph(sites.gm, domains, relied_on, sites.boundaries)
         for region in choice.regions:
             name = f"tokens_{region.domain.index}"
             inputs = (build.add_input(f"{name}_{part}") for part in ("index", "inverse", "cu_seqlens"))

@@ -81,13 +81,13 @@ class PackedProgram:
         """How many rows each domain is packed into.
 
         A size that some input has too would be taken for the same size by the compiler, which would then compile again when
-        they differ; so such a number is passed over.
+        they differ; so such a number is passed over. Just once: attention presumes no more than two roundings of dead rows.
         """
         taken = {size for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for size in x.shape}
         rows = []
         for plan, count in zip(pending, counts):
             n = plan.rows_for(count)
-            while n in taken:
+            if n in taken:
                 n += self.round_tokens
             taken.add(n)
             rows.append(n)

@@ -28,6 +28,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIB.define("pack(Tensor padded, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
 _LIB.define("unpack(Tensor packed, Tensor index, Tensor inverse, float fill=0.0, bool repeat=False) -> Tensor", tags=_TAGS)
 _LIB.define("unpack_adjoint(Tensor grad, Tensor index, Tensor inverse) -> Tensor", tags=_TAGS)
+_LIB.define("watch_padded_rows(Tensor rows, Tensor inverse, str name) -> Tensor", tags=_TAGS)
+_LIB.define("check_padded_rows(Tensor grad, Tensor inverse, str name) -> Tensor", tags=_TAGS)
 _LIB.define("row_offsets(Tensor like, SymInt batch, SymInt length, int empty) -> Tensor", tags=_TAGS)
 _LIB.define("plan_static(Tensor mask) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
@@ -127,6 +129,9 @@ class PendingPlan:
         index, inverse, cu_seqlens, _ = self._early
         if rows != self.rows_for(count):
             cu_seqlens[-1:].fill_(rows)
+        if rows > index.shape[0]:
+            # More rows than positions: a small domain that is all valid, beside others that are not.
+            index = torch.cat([index, index[:1].expand(rows - index.shape[0])])
         return index[:rows], inverse, cu_seqlens
 
 
@@ -159,7 +164,39 @@ def row_offsets(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
     return rows.clamp(max=batch).mul(length)
 
 
-for _name, _function in (("row_offsets", row_offsets), ("pack", pack), ("unpack", _unpack_eager), ("unpack_adjoint", unpack_adjoint), ("plan_static", plan_static)):
+def watch_padded_rows(rows: Tensor, inverse: Tensor, name: str) -> Tensor:
+    """A copy of ``rows`` (B * S, ...) whose gradient `check_padded_rows` looks at: what ``config.debug`` does to outputs."""
+    return rows.clone()
+
+
+def check_padded_rows(grad: Tensor, inverse: Tensor, name: str) -> Tensor:
+    """A copy of ``grad`` (B * S, ...), the gradient of the output ``name``.
+
+    Raises:
+        RuntimeError: it is not zero at some padded position. The rows there were never computed, so a loss outside of the
+            compiled model that depends on them has been given zeros for their value and loses their gradient.
+    """
+    padded = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
+    padded = padded & (inverse < 0)
+    if padded.any():
+        raise RuntimeError(
+            f"varlen_inductor: the gradient of {name} is not zero in {int(padded.sum())} of its {int((inverse < 0).sum())} padded"
+            " rows, which were not computed. A loss outside of the compiled model reads them: mask it, move it into the compiled"
+            ' function, or set varlen_inductor.config.padded_rows = "keep".'
+        )
+    return grad.clone()
+
+
+_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "row_offsets": row_offsets,
+    "pack": pack,
+    "unpack": _unpack_eager,
+    "unpack_adjoint": unpack_adjoint,
+    "plan_static": plan_static,
+    "watch_padded_rows": watch_padded_rows,
+    "check_padded_rows": check_padded_rows,
+}
+for _name, _function in _FUNCTIONS.items():
     _LIB.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -176,6 +213,16 @@ def _(packed: Tensor, index: Tensor, inverse: Tensor, fill: float = 0.0, repeat:
 @torch.library.register_fake("varlen_inductor::unpack_adjoint")
 def _(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return grad.new_empty((index.shape[0], *grad.shape[1:]))
+
+
+@torch.library.register_fake("varlen_inductor::watch_padded_rows")
+def _(rows: Tensor, inverse: Tensor, name: str) -> Tensor:
+    return torch.empty_like(rows)
+
+
+@torch.library.register_fake("varlen_inductor::check_padded_rows")
+def _(grad: Tensor, inverse: Tensor, name: str) -> Tensor:
+    return torch.empty_like(grad)
 
 
 @torch.library.register_fake("varlen_inductor::row_offsets")
@@ -209,6 +256,16 @@ def _adjoint_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: 
     return torch.ops.varlen_inductor.unpack(grad, index, inverse), None, None
 
 
+def _keep_name(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+    ctx.name = inputs[2]
+
+
+def _watch_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    return torch.ops.varlen_inductor.check_padded_rows(grad, *ctx.saved_tensors, ctx.name), None, None
+
+
+torch.library.register_autograd("varlen_inductor::watch_padded_rows", _watch_backward, setup_context=_keep_name, lib=_LIB)
 torch.library.register_autograd("varlen_inductor::pack", _pack_backward, setup_context=_keep_plan, lib=_LIB)
 torch.library.register_autograd("varlen_inductor::unpack", _unpack_backward, setup_context=_keep_plan, lib=_LIB)
 torch.library.register_autograd("varlen_inductor::unpack_adjoint", _adjoint_backward, setup_context=_keep_plan, lib=_LIB)
