@@ -28,7 +28,7 @@ def output_of(gm: fx.GraphModule) -> fx.Node:
 
 @dataclass
 class Case:
-    """A mask of scores (b, h, q, k), computed by a graph."""
+    """A mask of scores (b, h, q, k), computed by a graph; or several, with how each is applied."""
 
     gm: fx.GraphModule
     b: int
@@ -39,16 +39,19 @@ class Case:
     spelling: str = "sdpa"
     is_causal: bool = False
     dims: tuple[tuple[str, ...], ...] = LAYOUT
+    applied: tuple[tuple[str, float | None], ...] | None = None  # kind and value of each output of the graph
 
     @property
-    def mask(self) -> fx.Node:
-        return output_of(self.gm)
+    def ops(self) -> list[MaskOp]:
+        out: Any = output_of(self.gm)
+        if self.applied is None:
+            return [MaskOp("bool" if out.meta["val"].dtype is torch.bool else "add", out)]
+        return [MaskOp(kind, mask, value) for (kind, value), mask in zip(self.applied, out, strict=True)]  # type: ignore[arg-type]
 
     def prove(self, **options: Any) -> MaskProof:
-        kind = "bool" if self.mask.meta["val"].dtype is torch.bool else "add"
         sizes = {"b": self.b, "h": self.h, "q": self.q, "k": self.k}
         return prove(
-            [MaskOp(kind, self.mask)],
+            self.ops,
             ScoreLayout(self.dims, sizes),
             self.dtype,
             is_causal=self.is_causal,
@@ -109,6 +112,14 @@ def evaluate(predicate: Predicate, env: Mapping[fx.Node, Any], b: int, s: int) -
 
 def emitted(case: Case, predicate: Predicate, s: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The predicate as computed by the nodes that it emits into a copy of the graph."""
+    made: dict[Any, fx.GraphModule] = case.gm.meta.setdefault("emitted", {})
+    key = (predicate, case.b, s)
+    if key not in made:
+        made[key] = _emit_into_copy(case, predicate, s)
+    return made[key](*inputs)
+
+
+def _emit_into_copy(case: Case, predicate: Predicate, s: int) -> fx.GraphModule:
     nodes = dict(zip(case.gm.graph.nodes, copy_graph(case.gm).graph.nodes, strict=True))
     target = next(iter(nodes.values())).graph.owning_module
     moved = _on_copy(predicate, nodes)
@@ -120,8 +131,9 @@ def emitted(case: Case, predicate: Predicate, s: int, inputs: Sequence[torch.Ten
     assert fake.dtype is torch.bool
     out.args = (node,)
     target.graph.lint()
+    target.graph.eliminate_dead_code()
     target.recompile()
-    return target(*inputs)
+    return target
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -142,17 +154,32 @@ def _on_copy(predicate: Predicate, nodes: Mapping[fx.Node, fx.Node]) -> Predicat
     return Predicate(move(predicate.expr), predicate.axis)
 
 
-def attend(scores: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, case: Case) -> torch.Tensor:
-    """Eager attention of these scores (made by a query of one-hot rows for SDPA), masked as the case says."""
-    if case.spelling == "sdpa":
-        # q = scores and k = identity: q @ k^T gives the scores back.
-        eye = torch.eye(case.k, dtype=case.dtype).expand(case.b, case.h, case.k, case.k)
-        if mask is not None and mask.dtype is not torch.bool:
-            mask = mask.to(case.dtype)
-        return torch.nn.functional.scaled_dot_product_attention(scores, eye, v, attn_mask=mask, scale=1.0)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-    return torch.softmax(scores, -1).to(v.dtype) @ v
+def mask_scores(scores: torch.Tensor, env: Mapping[fx.Node, Any], case: Case) -> torch.Tensor:
+    """The scores after all steps, as eager computes them."""
+    for op in case.ops:
+        mask = env[op.mask]
+        if op.kind == "bool":
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif op.kind == "add":
+            scores = scores + mask
+        elif op.kind == "fill":
+            scores = scores.masked_fill(mask, op.value)
+        else:
+            scores = torch.where(mask, scores, op.value)
+    return scores
+
+
+def attend(scores: torch.Tensor, v: torch.Tensor, env: Mapping[fx.Node, Any] | None, case: Case) -> torch.Tensor:
+    """Eager attention of these scores, masked as the case says (``env`` None: not at all)."""
+    if case.spelling == "decomposed":
+        masked = scores if env is None else mask_scores(scores, env, case)
+        return torch.softmax(masked, -1).to(v.dtype) @ v
+    # q = scores and k = identity: q @ k^T gives the scores back.
+    eye = torch.eye(case.k, dtype=case.dtype).expand(case.b, case.h, case.k, case.k)
+    mask = None if env is None else env[case.ops[0].mask]
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(case.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(scores, eye, v, attn_mask=mask, scale=1.0)
 
 
 def check(case: Case, proof: MaskProof, inputs: Sequence[torch.Tensor]) -> bool:
@@ -161,24 +188,23 @@ def check(case: Case, proof: MaskProof, inputs: Sequence[torch.Tensor]) -> bool:
     if not all(o.evaluate({o.leaf: env[o.leaf]}) for o in proof.obligations):
         return False
     see = visible(proof, env, case).expand(case.b, case.h, case.q, case.k)
-    mask = env[case.mask]
-    shown = (mask if mask.dtype is torch.bool else mask == 0).expand_as(see)
+    shown = mask_scores(torch.zeros_like(see, dtype=case.dtype), env, case).expand_as(see) == 0
     sighted = see.any(-1)  # what becomes of the others is `no_valid_key`
-    assert torch.equal(shown[sighted], see[sighted]), f"{proof.description}\n{mask}\n{see}"
+    assert torch.equal(shown[sighted], see[sighted]), f"{proof.description}\n{shown}\n{see}"
     for predicate, s in ((proof.key, case.k), (proof.query, case.q)):
         if predicate is not None:
             assert torch.equal(emitted(case, predicate, s, inputs), evaluate(predicate, env, case.b, s))
-    _check_attention(case, proof, see, mask)
+    _check_attention(case, proof, see, env)
     return True
 
 
-def _check_attention(case: Case, proof: MaskProof, see: torch.Tensor, mask: torch.Tensor) -> None:
+def _check_attention(case: Case, proof: MaskProof, see: torch.Tensor, env: Mapping[fx.Node, Any]) -> None:
     scores = torch.randn(case.b, case.h, case.q, case.k, dtype=case.dtype)
     v = torch.randn(case.b, case.h, case.k, 3, dtype=case.dtype)
-    eager = attend(scores, v, mask, case)
+    eager = attend(scores, v, env, case)
     blind = ~see.any(-1)
     tolerance = {"rtol": 1e-2, "atol": 2e-2} if case.dtype in (torch.float16, torch.bfloat16) else {"rtol": 2e-3, "atol": 2e-3}
-    plain = torch.softmax(scores.masked_fill(~see, -torch.inf), -1).nan_to_num() @ v
+    plain = (torch.softmax(scores.double().masked_fill(~see, -torch.inf), -1).nan_to_num() @ v.double()).to(case.dtype)
     torch.testing.assert_close(eager[~blind], plain[~blind], **tolerance)
     expected = {
         "zero": torch.zeros_like(eager),

@@ -7,7 +7,7 @@ A refusal is always allowed; a proof is compared with eager, by brute force, on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -51,11 +51,24 @@ class Inputs:
 
 
 @dataclass
-class Context:
-    """What a program node may use while it runs."""
+class Sizes:
+    b: Any
+    h: int
+    q: Any
+    k: Any
 
-    sizes: Inputs
-    x: list[torch.Tensor] = field(default_factory=list)
+
+@dataclass
+class Context:
+    """What a program node may use while it runs; the sizes are those of its inputs, and symbols if they are dynamic."""
+
+    x: list[torch.Tensor]
+    h: int
+
+    @property
+    def sizes(self) -> Sizes:
+        (b, k), (_, q) = self.x[0].shape, self.x[2].shape
+        return Sizes(b, self.h, q, k)
 
     @property
     def pos_q(self) -> torch.Tensor:
@@ -213,34 +226,67 @@ def biases(draw: st.DrawFn, depth: int = 2) -> tuple[str, Program]:
 SIZES = st.builds(
     Inputs, b=st.sampled_from([1, 2, 3]), h=st.sampled_from([1, 2]), q=st.sampled_from([1, 3, 4]), k=st.sampled_from([1, 3, 4])
 )
-SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def run(sizes: Inputs, name: str, program: Program, spelling: str, dtype: torch.dtype = torch.float32) -> None:
-    """Prove the program; if it is proven, compare the claims with eager on inputs of many kinds."""
-    inputs = sizes.tensors()
-    gm = record(lambda *x: program(Context(sizes, list(x))), *inputs)
-    case = Case(gm, sizes.b, sizes.h, sizes.q, sizes.k, spelling=spelling, dtype=dtype)
+def run(sizes: Inputs, programs: list[tuple[str, Program]], *, dynamic: bool = False, trials: int = 5, **options: Any) -> None:
+    """Prove the programs; if they are proven, compare the claims with eager on inputs of many kinds."""
+    one = "applied" not in options
+
+    def program(*x: torch.Tensor) -> Any:
+        made = [f(Context(list(x), sizes.h)) for _, f in programs]
+        return made[0] if one else made
+
+    gm = record(program, *sizes.tensors(), dynamic=dynamic)
+    case = Case(gm, sizes.b, sizes.h, sizes.q, sizes.k, **options)
+    if dynamic:
+        shapes = [n.meta["val"].shape for n in gm.graph.nodes if n.op == "placeholder"]
+        (b, k), (_, q) = shapes[0], shapes[2]
+        case = Case(gm, b, sizes.h, q, k, **options)
     try:
         proof = case.prove()
     except NotProven:
         event("refused")
         return
     event("proven")
-    held = [check(case, proof, Inputs(sizes.b, sizes.h, sizes.q, sizes.k, seed).tensors()) for seed in range(5)]
-    assert all(held) or proof.obligations, name
+    others = [Inputs(sizes.b, sizes.h, sizes.q, sizes.k, seed) for seed in range(trials)]
+    if dynamic and not gm.shape_env.guards:
+        event("other sizes")
+        others += [Inputs(sizes.b + 1, sizes.h, sizes.q + 2, sizes.k + 3, seed) for seed in range(trials)]
+    held = [check(replace(case, b=i.b, q=i.q, k=i.k), proof, i.tensors()) for i in others]
+    assert all(held) or proof.obligations, [name for name, _ in programs]
 
 
 @SETTINGS
 @given(SIZES, bools(), st.sampled_from(["sdpa", "decomposed"]))
 def test_boolean_masks(sizes: Inputs, program: tuple[str, Program], spelling: str) -> None:
-    run(sizes, *program, spelling)
+    run(sizes, [program], spelling=spelling)
 
 
 @SETTINGS
-@given(SIZES, biases(), st.sampled_from(["sdpa", "decomposed"]), st.sampled_from([torch.float32, torch.float64]))
+@given(SIZES, biases(), st.sampled_from(["sdpa", "decomposed"]), st.sampled_from(DTYPES))
 def test_additive_masks(sizes: Inputs, program: tuple[str, Program], spelling: str, dtype: torch.dtype) -> None:
-    run(sizes, *program, spelling, dtype)
+    run(sizes, [program], spelling=spelling, dtype=dtype)
+
+
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["fill", "where_keep"]), st.sampled_from(LOW), bools(2)),
+    st.tuples(st.just("add"), st.none(), biases(1)),
+)
+
+
+@settings(SETTINGS, max_examples=40)
+@given(SIZES, st.lists(STEPS, min_size=1, max_size=3), st.sampled_from([torch.float32, torch.float64]))
+def test_several_steps(sizes: Inputs, steps: list[tuple[str, float | None, tuple[str, Program]]], dtype: torch.dtype) -> None:
+    applied = tuple((kind, value) for kind, value, _ in steps)
+    run(sizes, [program for _, _, program in steps], spelling="decomposed", dtype=dtype, applied=applied)
+
+
+@settings(SETTINGS, max_examples=25)
+@given(bools())
+def test_dynamic_shapes(program: tuple[str, Program]) -> None:
+    run(Inputs(2, 2, 5, 4), [program], dynamic=True, trials=2)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in BOOL_LEAVES if name not in ("pairs",)])
@@ -248,7 +294,7 @@ def test_every_family_is_proven(name: str) -> None:
     """Refusing everything would pass the tests above."""
     sizes = Inputs(2, 2, 4, 4)
     program = dict(BOOL_LEAVES)[name]
-    gm = record(lambda *x: program(Context(sizes, list(x))), *sizes.tensors())
+    gm = record(lambda *x: program(Context(list(x), sizes.h)), *sizes.tensors())
     case = Case(gm, 2, 2, 4, 4)
     proof = case.prove()
     assert any(check(case, proof, Inputs(2, 2, 4, 4, seed).tensors()) for seed in range(6))
