@@ -46,7 +46,8 @@ strict: bool = Config(default=False, env_name_default="VARLEN_INDUCTOR_STRICT")
 """Raise when one of our passes fails. When false the failure is logged and the original graph is compiled."""
 
 debug: bool = Config(default=False, env_name_default="VARLEN_INDUCTOR_DEBUG")
-"""Check at run time, and at a cost, what is otherwise taken on trust: that ``cu_seqlens`` match their tensors."""
+"""Check at run time, and at a cost, what is otherwise taken on trust: that ``cu_seqlens`` match their tensors, and that no
+loss outside the compiled function reads padded rows of an output."""
 
 kernels: str = Config(default="auto", env_name_default="VARLEN_INDUCTOR_KERNELS")
 """Which kernel runs the attention: ``"auto"``, or the name of one backend of ``varlen_inductor.ops.backends``."""
