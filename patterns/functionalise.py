@@ -31,7 +31,8 @@ __all__ = ["functionalise", "written_storages"]
 def functionalise(gm: fx.GraphModule) -> None:
     """Replace in-place operators on memory that only `gm` sees by functional ones, in place.
 
-    The numbers that the graph computes, and their gradients, are unchanged.
+    The numbers that the graph computes, and their gradients, are unchanged.  `view` becomes `reshape` where memory is not
+    written, so that what stands before it may be replaced by an operator whose result has other strides.
 
     Args:
         gm: as `normalise` returns it: `meta["val"]` on every node, views of one storage sharing it.
@@ -43,8 +44,6 @@ def functionalise(gm: fx.GraphModule) -> None:
     for node in graph.nodes:
         members.setdefault(storages.root(node), []).append(node)
         written.update(storages.root(w) for w in written_nodes(node))
-    if not written:
-        return
     without_grad = _nodes_without_grad(graph)
     autocast = _autocast_possible(graph)
     for root in [n for n in graph.nodes if n in written]:
@@ -53,6 +52,7 @@ def functionalise(gm: fx.GraphModule) -> None:
             memory.functionalise()
     drop_identities(graph)
     drop_unused(graph)
+    _relax_views(graph)
     graph.lint()
     gm.recompile()
 
@@ -65,6 +65,17 @@ def written_storages(graph: fx.Graph) -> frozenset[fx.Node]:
     storages = Storages(graph, possible=True)
     written = {storages.root(w) for node in graph.nodes for w in written_nodes(node)}
     return frozenset(n for n in graph.nodes if storages.root(n) in written)
+
+
+def _relax_views(graph: fx.Graph) -> None:
+    """`view` demands strides of its argument; `reshape` copies if it has to, and where nothing is written that is the same.
+
+    An operator can then be replaced by one whose result has other strides.
+    """
+    written = written_storages(graph)
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default and node not in written:
+            node.target = torch.ops.aten.reshape.default
 
 
 class _Memory:

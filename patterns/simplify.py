@@ -20,9 +20,10 @@ from .nodes import arguments, calls, same_size
 
 aten = torch.ops.aten
 
-# Each returns its first argument, or a view that shows all of it, when shape, strides and dtype do not change.
+# Each returns its first argument, or a view that shows all of it, when shape, strides and dtype do not change.  Not
+# `contiguous`: it does something as soon as what stands before it is replaced by an operator with other strides.
 _IDENTITIES = (
-    aten.slice, aten.to, aten.expand, aten.view, aten.reshape, aten.contiguous, aten.alias, aten.type_as,
+    aten.slice, aten.to, aten.expand, aten.view, aten.reshape, aten.alias, aten.type_as,
     aten.view_as, aten.reshape_as, aten.expand_as, aten.flatten, aten.narrow, aten.positive,
 )  # fmt: skip
 _UNLESS_GRADIENT = (aten.detach, aten.detach_)

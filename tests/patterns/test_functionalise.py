@@ -253,6 +253,21 @@ def test_random_writes_stay() -> None:
 # ------------------------------------------------------------------------------------------------------- the docstring
 
 
+def test_views_stand_any_strides() -> None:
+    """Where memory is written, `view` stays: whether it shares memory matters there."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        w.view(8).mul_(2)
+        return (x * 2).view(8) + w.view(8)
+
+    gm = captured(function, functionalise, x=torch.randn(2, 4), w=torch.randn(2, 4))
+    assert [t for t in targets(gm.graph) if "view" in t or "reshape" in t] == [
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten.view.default",
+    ]
+
+
 class TestGraphs(expecttest.TestCase):
     def test_slice_of_new_memory(self) -> None:
         def function(x: Tensor) -> Tensor:

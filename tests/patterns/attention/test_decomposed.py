@@ -361,7 +361,8 @@ def test_weights_that_nobody_uses() -> None:
 
 def test_multi_head_attention_that_returns_weights() -> None:
     backend = detect(zoo.MultiHead(True, returned=True), **zoo.nn_inputs())
-    assert backend.reasons == ["its weights are also used by view_5: they are returned, or kept (output_attentions)"]
+    (reason,) = backend.reasons
+    assert reason.startswith("its weights are also used by view_")
 
 
 FILL = -1e9
