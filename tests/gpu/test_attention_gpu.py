@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from torch import Tensor
 
 import varlen_inductor
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward
 from varlen_inductor.ops.backends import choose
-from varlen_inductor.ops.problem import Problem
+from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 CUDA = {"device": "cuda"}
 HALF = (torch.bfloat16, torch.float16)
+KERNELS = ("aten_flash", "triton")
 
 
-@pytest.mark.parametrize("kernels", ["aten_flash", "math"])
+@pytest.mark.parametrize("kernels", ["aten_flash", "triton", "math"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -31,12 +32,51 @@ def test_lengths_and_windows(lengths: str, window: str, dtype: torch.dtype, kern
     "dims", [(8, 8), (32, 32), (64, 64), (72, 72), (128, 128), (256, 256), (20, 20), (96, 64), (64, 128)], ids=str
 )
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
-def test_heads_and_dims(heads: tuple[int, int], dims: tuple[int, int], window: str) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_heads_and_dims(kernels: str, heads: tuple[int, int], dims: tuple[int, int], window: str) -> None:
     case = make_case(
-        (130, 1, 517, 64), window=WINDOWS[window], heads=heads, dims=dims, dtype=torch.bfloat16, kernels="aten_flash", **CUDA
+        (130, 1, 517, 64), window=WINDOWS[window], heads=heads, dims=dims, dtype=torch.bfloat16, kernels=kernels, **CUDA
     )
     check_against_reference(case)
     check_against_reference(case, lse_gradient=False)
+
+
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (128, 128), (256, 256), (40, 72)], ids=str)
+def test_float32(dims: tuple[int, int], window: str) -> None:
+    case = make_case((130, 1, 217), window=WINDOWS[window], heads=(4, 2), dims=dims, kernels="triton", tail=4, **CUDA)
+    check_against_reference(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", ["causal", "sliding"])
+def test_positions(window: str, dtype: torch.dtype) -> None:
+    positions = torch.cat([torch.randperm(600)[:400].sort().values, torch.randperm(300)]).cuda()
+    options = {"position_q": positions, "position_k": positions.int()}
+    case = make_case((400, 300), window=WINDOWS[window], heads=(4, 2), dims=(64, 64), dtype=dtype, **options, **CUDA)
+    assert choose(Problem.of(*case.operands[:3], Layout(*case.operands[3:], **options), Rule(1.0, 0, 0))).backend.name == "triton"
+    check_against_reference(case)
+
+
+def test_triton_reads_any_strides() -> None:
+    """A padded batch (B, S, 3, H, D) with unused keys full of NaN; heads first; an odd offset; an expanded gradient."""
+    used = torch.tensor([50, 200, 0], dtype=torch.int32, device="cuda")
+    options = {"seqused_k": used, "kernels": "triton", **CUDA}
+    plain = make_case((200,) * 3, heads=(2, 2), dims=(64, 64), window=(-1, 0), dtype=torch.bfloat16, **options)
+    expected, _ = reference(plain)
+    qkv = torch.stack([x.detach() for x in plain.operands[:3]], 1)
+    qkv[50:200, 1:] = qkv[400:, 1:] = float("nan")
+    qkv.requires_grad_()
+    wide = torch.nn.functional.pad(qkv, (3, 4))[..., 3:67]
+    layouts = (qkv.unbind(1), [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)], wide.unbind(1))
+    g = torch.randn(600, 1, 1, dtype=torch.bfloat16, device="cuda").expand(600, 2, 64)
+    wanted = torch.autograd.grad(expected, plain.operands[:3], g.double())
+    for operands in layouts:
+        out = varlen_attn(*operands, *plain.operands[3:], **plain.options)[0]
+        assert_close(out, expected, torch.bfloat16, "out")
+        (grad,) = torch.autograd.grad(out, qkv, g, retain_graph=True)
+        for actual, expected_grad in zip(grad.unbind(1), wanted):
+            assert_close(actual, expected_grad, torch.bfloat16, "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -46,11 +86,11 @@ def test_what_no_kernel_runs_is_computed_all_the_same(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_seqused_k(window: str, dropout_p: float) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_seqused_k(kernels: str, window: str, dropout_p: float) -> None:
     used = torch.tensor([4, 0, 9, 300], dtype=torch.int32, device="cuda")
-    case = make_case(
-        (5, 2, 6, 100), (7, 3, 9, 400), window=WINDOWS[window], dims=(64, 64), dtype=torch.bfloat16, seqused_k=used, **CUDA
-    )
+    options = {"seqused_k": used, "kernels": kernels, **CUDA}
+    case = make_case((5, 2, 6, 100), (7, 3, 9, 400), window=WINDOWS[window], dims=(64, 64), dtype=torch.bfloat16, **options)
     with torch.no_grad():
         for start, stop in ((4, 7), (7, 10), (319, 419)):
             case.key[start:stop] = float("nan")
@@ -102,8 +142,10 @@ def test_right_window_wider_than_the_keys() -> None:
     )
 
 
-def test_dropout_backward_drops_the_same() -> None:
-    case = make_case((130, 70), window=(-1, 0), heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, dropout_p=0.5, **CUDA)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_dropout_backward_drops_the_same(kernels: str) -> None:
+    options = {"dropout_p": 0.5, "kernels": kernels, **CUDA}
+    case = make_case((130, 70), window=(-1, 0), heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, **options)
     torch.manual_seed(3)
     out = run(case)[0]
     torch.manual_seed(3)
@@ -115,8 +157,9 @@ def test_dropout_backward_drops_the_same() -> None:
     assert abs(left - right) < 0.01 * (out.double() * g).abs().sum()
 
 
-def test_dropout_is_right_in_expectation() -> None:
-    case = make_case((40, 70), dims=(64, 64), dtype=torch.float16, dropout_p=0.25, **CUDA)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_dropout_is_right_in_expectation(kernels: str) -> None:
+    case = make_case((40, 70), dims=(64, 64), dtype=torch.float16, dropout_p=0.25, kernels=kernels, **CUDA)
     with torch.no_grad():
         mean = sum(run(case)[0].double() for _ in range(2000)) / 2000
     expected, _ = reference(case._replace(options={"window_left": -1, "window_right": -1}))
@@ -154,18 +197,19 @@ def test_compiled(mode: str, dynamic: bool) -> None:
             assert_close(actual, expected, torch.bfloat16, "gradient", factor=3.0)
 
 
-def test_cuda_graph_with_new_lengths() -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_cuda_graph_with_new_lengths(kernels: str) -> None:
     """A recorded call follows offsets that change on the device, and rows behind the last sequence stay zero."""
     case = make_case((60, 40), dims=(64, 64), dtype=torch.bfloat16, tail=28, fill=0.0, **CUDA)
     static = [x.detach().clone() if isinstance(x, Tensor) else x for x in case.operands]
     static[4] = static[3]
     static[5] = static[6] = 128
     with torch.no_grad():
-        varlen_attn(*static)
+        varlen_attn(*static, kernels=kernels)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, lse, _ = varlen_attn(*static)
+            out, lse, _ = varlen_attn(*static, kernels=kernels)
         for lengths in ((60, 40), (128, 0), (3, 2)):
             static[3].copy_(torch.tensor([0, lengths[0], sum(lengths)]))
             graph.replay()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import assert_close, make_case, offsets
 from torch.nn.attention import varlen as upstream
 
 import varlen_inductor
+from attention_cases import assert_close, make_case, offsets
 from varlen_inductor import AuxRequest, varlen_attn
 from varlen_inductor.ops.reference import varlen_attn_reference
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, make_case, reference, run
 from torch import Tensor
 
 import varlen_inductor
+from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, make_case, reference, run
 from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from attention_cases import make_case, run
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention_cases import make_case, run
 from varlen_inductor.ops import flops  # noqa: F401  (registers the formulas)
 
 

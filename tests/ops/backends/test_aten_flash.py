@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from torch import Tensor
 
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import aten_flash
 from varlen_inductor.ops.backends import math as exact

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from triton_interpreter import interpret, needs_interpreter
 
+from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops.backends import rows
 
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from triton_interpreter import interpret, needs_interpreter
-
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import triton_kernel
 from varlen_inductor.ops.problem import Problem
@@ -18,9 +18,8 @@ pytestmark = needs_interpreter
 
 def small_blocks_on_the_cpu() -> None:
     """Blocks so small that a short sequence has several of them."""
-    for table in (triton_kernel.FORWARD, triton_kernel.QUERY_GRADIENT, triton_kernel.KEY_GRADIENT):
-        for place in table:
-            table[place] = triton_kernel.Blocks(16, 16, 4, 1)
+    small = triton_kernel.Blocks(16, 16, 4, 1)
+    triton_kernel.OTHER.update(dict.fromkeys(triton_kernel.OTHER, triton_kernel.Tiles(small, small, small)))
     backends.BACKENDS = (dataclasses.replace(triton_kernel.BACKEND, supports=lambda problem: None),)
     backends.choose.cache_clear()
     torch.manual_seed(0)

@@ -149,9 +149,7 @@ def _run_backward(
     )
 
 
-def _through_lse(
-    grad_lse: Tensor, query: Tensor, key: Tensor, lse: Tensor, layout: Layout, rule: Rule
-) -> tuple[Tensor, Tensor]:
+def _through_lse(grad_lse: Tensor, query: Tensor, key: Tensor, lse: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
     """What lse adds to the gradients of query and key.
 
     With weights P (before dropout) the scores have the gradient P · g, where g is that of lse, so query gets scale · g · (P K):

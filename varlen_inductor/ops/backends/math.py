@@ -241,9 +241,7 @@ def _dropout(probabilities: Tensor, rule: Rule, generator: torch.Generator | Non
     if dropped == DROPOUT_STEPS:
         return Dropout(torch.zeros_like(probabilities, dtype=torch.bool), 0.0)
     count = probabilities.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=probabilities.device).random_(
-        -(2**63), None, generator=generator
-    )
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=probabilities.device).random_(-(2**63), None, generator=generator)
     bits = words.view(torch.int16)[:count].view(probabilities.shape)
     return Dropout(bits >= dropped - DROPOUT_STEPS // 2, DROPOUT_STEPS / (DROPOUT_STEPS - dropped))
 

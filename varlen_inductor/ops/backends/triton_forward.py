@@ -164,7 +164,5 @@ def forward_kernel(
                 )  # fmt: skip
             acc = acc / (tl.where(total > 0.0, total, 1.0) * keep)[:, None]
             store_rows(out + q_start * stride_o, acc, rows, stride_o, q_len, DIM_V, BLOCK_DV)
-            result = tl.where(
-                total > 0.0, (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931471805599453, float("-inf")
-            )
+            result = tl.where(total > 0.0, (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931471805599453, float("-inf"))
             tl.store(lse + q_start + rows, result, mask=rows < q_len)

@@ -31,30 +31,31 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By (bytes of an element, head dim up to). The first fit holds.
-FORWARD = {
-    (2, 64): Blocks(128, 128, 4, 3),
-    (2, 128): Blocks(128, 128, 8, 2),
-    (2, 256): Blocks(64, 64, 4, 2),
-    (4, 64): Blocks(128, 32, 4, 3),
-    (4, 128): Blocks(32, 64, 4, 3),
-    (4, 256): Blocks(32, 32, 4, 2),
+class Tiles(NamedTuple):
+    """The blocks of the three kernels."""
+
+    forward: Blocks
+    query_gradient: Blocks
+    key_gradient: Blocks
+
+
+# By (bytes of an element, head dim up to); the first fit holds. Chosen so that registers do not spill (compiled for sm_90 and
+# sm_86) and shared memory suffices: 227 KiB on Hopper, 99 KiB on consumer devices.
+HOPPER = {
+    (2, 64): Tiles(Blocks(128, 128, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 8, 3)),
+    (2, 128): Tiles(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    (2, 256): Tiles(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1)),
+    (4, 64): Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (4, 128): Tiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1)),
+    (4, 256): Tiles(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
-QUERY_GRADIENT = {
-    (2, 64): Blocks(128, 64, 4, 3),
-    (2, 128): Blocks(128, 64, 8, 2),
-    (2, 256): Blocks(64, 32, 4, 2),
-    (4, 64): Blocks(64, 32, 4, 2),
-    (4, 128): Blocks(32, 32, 4, 2),
-    (4, 256): Blocks(16, 32, 4, 1),
-}
-KEY_GRADIENT = {
-    (2, 64): Blocks(64, 128, 4, 3),
-    (2, 128): Blocks(64, 128, 8, 2),
-    (2, 256): Blocks(32, 64, 4, 1),
-    (4, 64): Blocks(32, 64, 4, 2),
-    (4, 128): Blocks(32, 32, 4, 2),
-    (4, 256): Blocks(32, 16, 4, 1),
+OTHER = {
+    (2, 64): Tiles(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
+    (2, 128): Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (2, 256): Tiles(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1)),
+    (4, 64): Tiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (4, 128): Tiles(Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
+    (4, 256): Tiles(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
 
 
@@ -89,7 +90,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     from varlen_inductor.ops.backends.triton_forward import forward_kernel
 
     (tokens, heads, _), dim_v = query.shape, value.shape[2]
-    blocks = _blocks(FORWARD, query, value)
+    blocks = _tiles(query, value, rule).forward
     out = query.new_empty(tokens, heads, dim_v)
     lse = query.new_empty((heads, tokens), dtype=torch.float32)
     rng_state = _new_rng_state(query, rule)
@@ -136,9 +137,9 @@ def backward(
     operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     data = _data(layout, rule, rng_state)
-    sequences, log_scale = _sequences(layout), scale * math.log2(math.e)
+    sequences, log_scale, tiles = _sequences(layout), scale * math.log2(math.e), _tiles(query, value, rule)
     with torch.cuda.device_of(query):
-        blocks = _blocks(QUERY_GRADIENT, query, value)
+        blocks = tiles.query_gradient
         query_kernel[-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1](
             *operands,
             grad_query,
@@ -152,7 +153,7 @@ def backward(
             *_numbers(rule),
             **_constants(query, key, value, rule, blocks),
         )
-        blocks = _blocks(KEY_GRADIENT, query, value)
+        blocks = tiles.key_gradient
         key_kernel[-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1](
             *operands,
             grad_key,
@@ -205,7 +206,9 @@ def _sequences(layout: Layout) -> int:
 
 def _data(layout: Layout, rule: Rule, rng_state: Tensor) -> tuple[Tensor | None, ...]:
     """What tells a kernel where sequences lie and what is dropped."""
-    seqused_k, position_q, position_k = layout[4:] if rule.windowed else (layout.seqused_k, None, None)
+    seqused_k, position_q, position_k = layout.seqused_k, layout.position_q, layout.position_k
+    if not rule.windowed:
+        position_q = position_k = None
     return (
         layout.cu_seq_q.contiguous(),
         layout.cu_seq_k.contiguous(),
@@ -233,15 +236,30 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Bl
         "BLOCK_N": blocks.keys,
         "LEFT": rule.window_left != UNBOUNDED,
         "RIGHT": rule.window_right != UNBOUNDED,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(query, value),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
 
 
-def _blocks(table: dict[tuple[int, int], Blocks], query: Tensor, value: Tensor) -> Blocks:
+def _tiles(query: Tensor, value: Tensor, rule: Rule) -> Tiles:
     dim = max(query.shape[2], value.shape[2])
-    return next(blocks for (size, limit), blocks in table.items() if size == query.element_size() and dim <= limit)
+    # Dropout needs registers and shared memory for its random bits.
+    table = HOPPER if rule.dropout_p == 0.0 and _is_hopper(query.device) else OTHER
+    return next(tiles for (size, limit), tiles in table.items() if size == query.element_size() and dim <= limit)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Or later: matrix products across a warp group, and the shared memory for it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
+def _precision(query: Tensor, value: Tensor) -> str:
+    """How float32 is multiplied. Three products in TF32 make nearly one in float32, and fit the registers up to 128."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if max(query.shape[2], value.shape[2]) <= 128 else "ieee"
 
 
 def _padded(dim: int) -> int:
