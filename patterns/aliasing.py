@@ -48,8 +48,11 @@ class Storages:
         self._parent: dict[fx.Node, fx.Node] = {}
         by_storage: dict[int, fx.Node] = {}
         for node in graph.nodes:
-            for storage in storages_of(node):
-                self._join(node, by_storage.setdefault(storage, node))
+            owned = set(storages_of(node))
+            if len(owned) == 1 or possible:
+                # What returns several new tensors has no memory of its own: each of them has.
+                for storage in owned:
+                    self._join(node, by_storage.setdefault(storage, node))
             if possible or not _memory_is_known(node):
                 for source in aliased_inputs(node):
                     self._join(node, source)

@@ -14,6 +14,7 @@ buffers, what a higher-order operator returned) stays as it is; `written_storage
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -141,7 +142,8 @@ class _Memory:
                 node.kwargs = fx.map_arg(node.kwargs, self._now)
             node = following
         old = [n for n in self.graph.nodes if n in self.writes or n in self.views]
-        new = [n for n in self.graph.nodes if n in set(self.emitted)]
+        emitted = set(self.emitted)
+        new = [n for n in self.graph.nodes if n in emitted]
         for unused in (*reversed(new), *reversed(old)):
             if not unused.users:
                 self.graph.erase_node(unused)
@@ -183,16 +185,14 @@ class _Memory:
 
 
 def _allocates(node: fx.Node) -> bool:
-    """Whether `node` is an operator that returns one new tensor and writes nothing."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload) or any(written_nodes(node)):
+    """Whether `node` is a new tensor: what an operator returns that writes nothing, or one of several that it returns."""
+    maker = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(maker, fx.Node) or not isinstance(maker.target, OpOverload) or any(written_nodes(maker)):
         return False
-    return isinstance(node.meta.get("val"), torch.Tensor) and len(list(storages_of(node))) == 1 and _is_fresh(node)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether the fake tensor of `node` shares its storage with none of its inputs."""
-    own = set(storages_of(node))
-    return not any(own & set(storages_of(source)) for source in node.all_input_nodes)
+    if not isinstance(node.meta.get("val"), torch.Tensor) or len(own := list(storages_of(node))) != 1:
+        return False
+    given = {storage for source in maker.all_input_nodes for storage in storages_of(source)}
+    return own[0] not in given and list(storages_of(maker)).count(own[0]) == 1
 
 
 def _nodes_without_grad(graph: fx.Graph) -> frozenset[fx.Node]:

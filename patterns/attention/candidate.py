@@ -47,6 +47,11 @@ class Candidate:
     score_dtype: torch.dtype
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of both products; under autocast query, key and value may come in others and are cast to it."""
+        return self.output.meta["val"].dtype  # type: ignore[no-any-return]
+
+    @property
     def folded(self) -> bool:
         """Whether batch and head are one dimension of query, key and value."""
         return self.query.meta["val"].dim() == 3

@@ -80,6 +80,9 @@ def _candidate(weights: Weights, scores: Scores, facts: Facts) -> Candidate:
         key, value, kv_groups, repeats = gqa.undo_repeat(query, key, value)
         side += repeats
     check_batch(query, key, value, kv_groups)
+    computed, returned = scores.product.meta["val"].dtype, weights.product.meta["val"].dtype
+    if computed != returned:
+        raise NotAttention(f"its scores are computed in {computed} and its result in {returned}".replace("torch.", ""))
     core = [*scores.passed, *weights.passed, weights.product]
     return Candidate(
         output=weights.product,

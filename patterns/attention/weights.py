@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..literals import number_of
-from ..nodes import arguments, aten, calls, operator_name, shape
+from ..nodes import arguments, aten, calls, operator_name, same_size, shape
 from .candidate import Facts, NotAttention
 
 _SAME = (aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias)
@@ -77,8 +77,10 @@ def _product(node: fx.Node, facts: Facts) -> fx.Node | None:
 
 
 def _is_step(node: fx.Node) -> bool:
-    if calls(node, *_SAME, *_VIEWS, aten.dropout):
+    if calls(node, *_SAME, aten.dropout):
         return True
+    if calls(node, *_VIEWS):
+        return all(map(same_size, shape(node)[-2:], shape(node.args[0])[-2:]))  # type: ignore[arg-type]
     if calls(node, aten.masked_fill):
         return number_of(arguments(node)["value"]) == 0
     # 0 in place of the NaN of a query that sees no key.

@@ -98,6 +98,13 @@ def copied(h: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def several_results(h: Tensor, x: Tensor) -> Tensor:
+    values, indices = (h * 1).topk(3, -1)
+    values /= values.sum(-1, keepdim=True)
+    values[:, 0] = 0
+    return values * indices
+
+
 def without_gradient_on_data(h: Tensor, x: Tensor) -> Tensor:
     z = x * 2
     with torch.no_grad():
@@ -125,6 +132,7 @@ HANDLED = [
     boolean_index,
     integer_index,
     copied,
+    several_results,
     without_gradient_on_data,
     read_in_both_grad_modes,
 ]

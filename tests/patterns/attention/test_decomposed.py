@@ -292,6 +292,16 @@ def cast_down(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(scores.bfloat16(), -1).float(), v)
 
 
+def two_dtypes(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    scores = torch.matmul(q.bfloat16(), k.bfloat16().mT).masked_fill(~valid[:, None, None], -1e9)
+    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32), v)
+
+
+def reshaped_weights(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    weights = torch.softmax(torch.matmul(q, k.mT), -1)
+    return torch.matmul(weights.flatten(1, 2), v.transpose(1, 2).flatten(2)).view_as(torch.cat([q] * 4, -1))[..., :4]
+
+
 def multiplied_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.mT) * valid[:, None, None], -1), v)
 
@@ -321,6 +331,8 @@ def shared_key(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         (masked_by_another, "its weights are masked again after the softmax, by another mask"),
         (relative_position, "its scores are the sum of two matrix products (a position bias computed from the queries)"),
         (cast_down, "its scores are cast to a lower precision after they are masked"),
+        (two_dtypes, "its scores are computed in bfloat16 and its result in float32"),
+        (reshaped_weights, "its weights go through flatten before they are multiplied with the values"),
         (multiplied_mask, "its scores are multiplied with unsqueeze_1, which is no scale"),
         (two_values, "its weights are multiplied with more than one tensor of values"),
         (where_tensor, "its masked scores are replaced by a tensor of different values"),
