@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from varlen_inductor import _compat
 
 # What lives there for the sake of its neighbours.
-PUBLIC_ONLY = {"import_operators", "plain_dispatch"}
+PUBLIC_ONLY = {"import_operators"}
 
 
 def captured(fn: Any, *args: Any) -> fx.GraphModule:

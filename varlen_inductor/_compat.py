@@ -480,12 +480,6 @@ def is_parameter_or_buffer(placeholder: fx.Node) -> bool:
     return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
-@contextmanager
-def plain_dispatch() -> Iterator[None]:
-    """No gradients and no autocast: for index arithmetic between graphs. Public names only, kept here for symmetry."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
 
 def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> None:
     """Add decompositions to Inductor's table, before or after its first compile.
@@ -531,12 +525,35 @@ def fix_symbol(value: torch.SymFloat) -> float | None:
     return float(value) if value.node.has_hint() else None
 
 
-def keep_as_call(op: Any) -> None:
-    """Let Inductor call an operator where its decomposition declines, which it otherwise takes for a mistake.
+def lower_to_call(op: Any, module: str, function: str, unless: Callable[[], bool]) -> None:
+    """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
 
-    ``make_fallback`` with ``override_decomp``: read in 2.11, 2.13.
+    ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
+    ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator, and so does all code if ``unless`` says so.
+    A decomposition that declines leaves the operator to this lowering. Read in 2.11, 2.13.
     """
-    from torch._inductor import lowering
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch.utils import _pytree
+
+    alias = f"{module.replace('.', '_')}_{function}"
+
+    class Call(ir.FallbackKernel):
+        def codegen(self, wrapper: Any) -> None:
+            if not (V.graph.cpp_wrapper or V.graph.fx_wrapper or unless()):
+                self.python_kernel_name = alias
+                outermost = wrapper
+                while hasattr(outermost, "parent_wrapper"):
+                    outermost = outermost.parent_wrapper
+                outermost.add_import_once(f"from {module} import {function} as {alias}")
+            super().codegen(wrapper)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        def boxed(x: Any) -> Any:
+            return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
+
+        return _pytree.tree_map(boxed, Call.create(op, *args, **kwargs))
 
     if op not in lowering.lowerings:
-        lowering.make_fallback(op, warn=False, override_decomp=True)
+        lowering.add_needs_realized_inputs(op)
+        lowering.register_lowering(op, type_promotion_kind=None)(lower)

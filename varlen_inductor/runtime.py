@@ -43,8 +43,11 @@ class PackedProgram:
         inner: InnerCompiler,
         dynamic: bool | None,
     ) -> None:
-        self.plan = plan
+        # The generated function itself: calling the module costs several times as much, on the way of every step.
+        self.plan = plan.forward
         self.domains = domains
+        self.sizes_vary = dynamic is not False and dynamic is not None
+        self._sizes: frozenset[int] | None = None
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
@@ -52,7 +55,7 @@ class PackedProgram:
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
-        with _compat.plain_dispatch():
+        with torch.no_grad():
             inputs = self._plan(args)
         if inputs is None:
             return self.padded(*args)
@@ -83,7 +86,9 @@ class PackedProgram:
         A size that some input has too would be taken for the same size by the compiler, which would then compile again when
         they differ; so such a number is passed over. Just once: attention presumes no more than two roundings of dead rows.
         """
-        taken = {size for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for size in x.shape}
+        if self._sizes is None or self.sizes_vary:
+            self._sizes = frozenset(n for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for n in x.shape)
+        taken = set(self._sizes)
         rows = []
         for plan, count in zip(pending, counts):
             n = plan.rows_for(count)
