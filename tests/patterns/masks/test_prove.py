@@ -323,6 +323,18 @@ no valid key: zero
 obligation: every value of `m_1` is 0 or 1""")  # fmt: skip
 
 
+def test_outer_products() -> None:
+    words = "key: m_1[b, k] != 0; query: m_1[b, q] != 0\nno valid key: zero\nobligation: every value of `m_1` is 0 or 1"
+    assert proven(lambda m: torch.einsum("bi,bj->bij", m, m)[:, None] != 0) == words
+    assert proven(lambda m: (m[:, None, :, None] @ m[:, None, None, :]) == 1) == words
+
+
+def test_prompt_before_the_mask() -> None:
+    made = case(lambda m: torch.cat([m.new_ones(B, 2), m], 1)[:, None, None, :].bool(), attention_mask(), k=S + 2)
+    assert summary(made.prove()) == "key: k <= 1 or m_1[b, k - 2] != 0\nno valid key: zero"
+    assert check(made, made.prove(), [attention_mask()])
+
+
 # -------------------------------------------------------------------------------------------------- queries without keys
 
 
