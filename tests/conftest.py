@@ -17,12 +17,9 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 @pytest.fixture(scope="session", autouse=True)
 def backend_by_name() -> None:
     """In a checkout that is not installed there is no entry point; everything else works, so the tests should too."""
-    from torch._dynamo import list_backends, register_backend
+    from varlen_inductor.backend import register_by_name
 
-    if "varlen_inductor" not in list_backends():
-        from varlen_inductor.backend import varlen_inductor
-
-        register_backend(varlen_inductor, name="varlen_inductor")
+    register_by_name()
 
 
 @pytest.fixture(autouse=True)

@@ -224,6 +224,14 @@ def is_ours(backend: Any) -> bool:
 varlen_inductor = VarlenBackend()
 """The object that the entry point names."""
 
+
+
+def register_by_name() -> None:
+    """Make ``backend="varlen_inductor"`` work where the package is on the path but not installed, so without entry points."""
+    if "varlen_inductor" not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(varlen_inductor, name="varlen_inductor")  # type: ignore[arg-type]
+
+
 # `torch.compile` looks a backend up, and so imports this module, before it compiles anything: from here on it tells us the
 # options it was given, and DDP's optimizer leaves the graphs that are ours in one piece.
 _compat.forward_compiler_config(VarlenBackend)

@@ -185,7 +185,9 @@ def progress(steps: Any, text: str) -> Any:
 def run(args: argparse.Namespace) -> int:
     """The whole demonstration; returns the exit status: 1 if the two disagree."""
     import varlen_inductor
+    from varlen_inductor.backend import register_by_name
 
+    register_by_name()
     torch.manual_seed(0)
     rows = tokenise(paragraphs(), args.vocabulary, args.length)
     data = list(batches(rows, args.batch, args.length, args.vocabulary, args.device))
