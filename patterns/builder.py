@@ -281,7 +281,10 @@ class Builder:
         if expression.is_Integer:
             return int(expression)
         if expression not in self._symbols:
-            self._symbols[expression] = self._make_size(expression)
+            made = self._symbols[expression] = self._make_size(expression)
+            # What is inserted behind the inputs later on may use it.
+            assert self._last_input is not None
+            self._last_input = max(self._last_input, made)
         return self._symbols[expression]
 
     def _make_size(self, expression: sympy.Expr) -> fx.Node:

@@ -506,6 +506,20 @@ def _chunk(a: Args) -> Typing:
     return Typing(pieces, ((a["self"], dim),))
 
 
+@rule("slice_scatter", "select_scatter")
+def _scatter(a: Args) -> Typing:
+    """A part of ``self`` replaced by ``src``: what is left of ``self`` stays where it was."""
+    x, part = a.dims("self"), a.dims("src")
+    dim = a["dim"] % len(x)
+    others = [d for i, d in enumerate(x) if i != dim]
+    kept = [d for i, d in enumerate(part) if i != dim] if len(part) == len(x) else list(part)
+    for one, other in zip(others, kept, strict=True):
+        _tie(one, other)
+    result = [one if leaves(one) else other for one, other in zip(others, kept, strict=True)]
+    result.insert(dim, x[dim])
+    return Typing(tuple(result), ((a["src"], dim),) if len(part) == len(x) else ())
+
+
 @rule("constant_pad_nd", "pad")
 def _pad(a: Args) -> Typing:
     x = list(a.dims("self"))

@@ -221,6 +221,14 @@ def _cut(view: PackedView, node: fx.Node) -> fx.Node:
     return _replay(view, node, **{name: x, "dim": _packed_dim(view, a[0], a["dim"])})
 
 
+@handler("slice_scatter", "select_scatter")
+def _scatter(view: PackedView, node: fx.Node) -> fx.Node:
+    a, name, x = _self(view, node)
+    if view.layout(a["src"]) is None:
+        raise NotPackable("puts in a value without token rows")
+    return _replay(view, node, **{name: x, "src": view.packed(a["src"]), "dim": _packed_dim(view, a[0], a["dim"])})
+
+
 @handler("gather")
 def _gather(view: PackedView, node: fx.Node) -> fx.Node:
     a, name, x = _self(view, node)
