@@ -33,7 +33,8 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], title: str, envi
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.set_ylabel("speed, padded = 1")
     axes.set_title(f"{title}\n{environment['device']}, torch {environment['torch']}", fontsize=10)
-    axes.legend(fontsize=7, ncols=2)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.18)  # room for the legend
+    axes.legend(fontsize=7, ncols=2, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
