@@ -25,6 +25,7 @@ Terms: TypeAlias = dict[Expr, int]
 
 _RANK = {"k": 0, "q": 1, "b": 2, "h": 3}
 _SMALL_EXACT = 128  # integers up to here, and their neighbours, are exact in every floating dtype
+_MAX_SPLITS = 2000  # each split may double the work
 _WIDE = (torch.int32, torch.int64)
 
 
@@ -49,6 +50,7 @@ class Builder:
 
     def __init__(self, sizes: Mapping[str, Size]) -> None:
         self.sizes: dict[str, sympy.Expr] = {name: size_of(s) for name, s in sizes.items()}
+        self._splits = 0
 
     # ------------------------------------------------------------------------------------------------------- leaves
 
@@ -331,7 +333,8 @@ class Builder:
         """``e`` as ``rest + sign * term`` with a term that comparing can be distributed over (abs, max, min, where)."""
         terms, const = self.terms(e)
         for t, c in terms.items():
-            if t.op in ("abs", "max", "min", "where") and abs(c) == 1 and is_integer(t.dtype):
+            if t.op in ("abs", "max", "min", "where") and abs(c) == 1 and is_integer(t.dtype) and self._splits < _MAX_SPLITS:
+                self._splits += 1
                 return self._linear({u: d for u, d in terms.items() if u is not t}, const), t, c
         return None
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from .algebra import Builder
 from .errors import NotProven
-from .expr import Expr, intern_expr, tensor_name, text
+from .expr import Expr, intern_expr, parts, tensor_name, text
 from .interpret import Interpreter, where_in_source
 from .predicate import Obligation, Predicate
 from .proof import MaskProof, NoValidKey, Spelling
@@ -53,17 +53,7 @@ def _leaf(it: Interpreter, e: Expr) -> str:
 
 
 def _loads_of(exprs: Sequence[Expr]) -> list[Expr]:
-    seen: dict[Expr, None] = {}
-
-    def walk(e: Expr) -> None:
-        if e not in seen:
-            seen[e] = None
-            for a in e.args:
-                walk(a)
-
-    for e in exprs:
-        walk(e)
-    return [e for e in seen if e.op == "load"]
+    return [e for e in parts(*exprs) if e.op == "load"]
 
 
 def may_require_grad(node: fx.Node) -> bool:
@@ -290,12 +280,12 @@ class _Renamer:
 
 
 def _describe(key: Predicate | None, query: Predicate | None, left: int, right: int) -> str:
-    parts = [f"key: {key.text}"] if key is not None else []
-    parts += [f"query: {query.text}"] if query is not None else []
+    words = [f"key: {key.text}"] if key is not None else []
+    words += [f"query: {query.text}"] if query is not None else []
     if (left, right) == (-1, 0):
-        parts.append("causal")
+        words.append("causal")
     elif left != -1 or right != -1:
         low = f"q - {left} <= " if left != -1 else ""
         high = "" if right == -1 else f" <= q + {right}" if right else " <= q"
-        parts.append(f"window: {low}k{high}")
-    return "; ".join(parts) or "every key is visible"
+        words.append(f"window: {low}k{high}")
+    return "; ".join(words) or "every key is visible"

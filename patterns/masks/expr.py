@@ -26,12 +26,13 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["Expr", "intern_expr", "is_integer", "tensor_name", "text"]
+__all__ = ["Expr", "intern_expr", "is_integer", "parts", "tensor_name", "text"]
 
 
 class Expr:
@@ -138,10 +139,23 @@ def _call_name(node: fx.Node) -> str | None:
 
 
 def text(e: Expr) -> str:
-    """The expression as a user would write it."""
+    """The expression as a user would write it; what is very long is cut in the middle."""
     if e._text is None:
-        e._text = _render(e)
+        full = _render(e)
+        e._text = full if len(full) <= _LONGEST else f"{full[: _LONGEST // 2]} ... {full[-_LONGEST // 2 :]}"
     return e._text
+
+
+def parts(*roots: Expr) -> Iterator[Expr]:
+    """All sub-expressions of these expressions, each once."""
+    seen: set[Expr] = set()
+    pending = list(reversed(roots))
+    while pending:
+        e = pending.pop()
+        if e not in seen:
+            seen.add(e)
+            yield e
+            pending.extend(reversed(e.args))
 
 
 def _number(value: Any) -> str:
@@ -152,6 +166,7 @@ def _number(value: Any) -> str:
     return str(value)
 
 
+_LONGEST = 400
 _ATOMIC = frozenset({"const", "index", "sym", "load", "abs", "max", "min", "where", "any", "cast"})
 _COMPARISONS = frozenset({"lt", "le", "eq", "int_le", "int_eq"})
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .expr import Expr, is_integer
+from .expr import Expr, is_integer, parts
 from .interpret import Index, Interpreter, Unsupported, plain_name, rule, value_of
 
 Arguments = dict[str, Any]
@@ -278,7 +278,7 @@ def _any(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
         it.depth -= 1
     if "q" not in whole[0].free or {"k", "h"} & whole[0].free:
         raise Unsupported("it is a reduction that is not one flag per query")
-    if any(_has_any(e) for e in whole):
+    if any(e.op == "any" for e in parts(*whole)):
         raise Unsupported("it is a reduction of a reduction")
     if plain_name(node) == "any":
         return it.b.any_over(name, *whole)
@@ -287,7 +287,3 @@ def _any(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
 
 def _both(it: Interpreter, name: str) -> tuple[Expr, Expr]:
     return it.b.index(name), it.b.index("k")
-
-
-def _has_any(e: Expr) -> bool:
-    return e.op == "any" or any(_has_any(a) for a in e.args)

@@ -25,6 +25,7 @@ __all__ = ["Variable", "build_predicate", "evaluate", "find_variables", "is_docu
 MAX_ROWS = 4096
 _KEEP_OR_HIDE = (0, 1)  # a mask to compute with
 _BIAS = (0.0, -math.inf)  # a mask to add
+_POSITIONS = frozenset({"index", "sym", "times", "floordiv", "mod"})
 Interval = tuple[int | None, int | None]
 
 
@@ -81,7 +82,7 @@ class _Collector:
             self.cuts.setdefault(e.args[0], set()).update({bound + 1} if e.op == "int_le" else {bound, bound + 1})
         elif e.op in ("lt", "le", "eq") and not self._by_value(e):
             self.bools[e] = None
-        elif e.op in ("index", "sym", "times", "floordiv", "mod"):
+        elif e.op in _POSITIONS:
             raise NotProven(f"the mask adds a bias that depends on the position (`{text(e)}`)")
         else:
             if e.op in ("mul", "sub", "div", "neg", "log", "linear"):
@@ -91,10 +92,10 @@ class _Collector:
 
     def _by_value(self, e: Expr) -> bool:
         """Whether to compute the comparison's operands, rather than to take its outcome as a variable."""
-        parts = set(_arithmetic_parts(e))
-        if any(p.op in ("index", "sym", "times", "floordiv", "mod") for p in parts):
+        found = _arithmetic_parts(e)
+        if any(p.op in _POSITIONS for p in found):
             return False
-        loads = {p for p in parts if p.op == "load" and p.dtype is not torch.bool}
+        loads = {p for p in found if p.dtype is not torch.bool}
         if loads <= self.numeric:
             return True
         if any({"q", "k"} <= p.free for p in loads):
@@ -102,13 +103,19 @@ class _Collector:
         return {"q", "k"} <= e.free and not is_document(e.args[0])
 
 
-def _arithmetic_parts(e: Expr) -> Iterator[Expr]:
+def _arithmetic_parts(e: Expr) -> set[Expr]:
     """The leaves of an arithmetic expression, not looking into conditions or indices."""
-    for a in e.args:
-        if a.op in ("load", "index", "sym", "times", "floordiv", "mod"):
-            yield a
-        elif a.dtype is not torch.bool:
-            yield from _arithmetic_parts(a)
+    found: set[Expr] = set()
+    seen = {e}
+    pending = list(e.args)
+    while pending:
+        a = pending.pop()
+        if a.op in _POSITIONS or a.op == "load":
+            found.add(a)
+        elif a.dtype is not torch.bool and a not in seen:
+            seen.add(a)
+            pending.extend(a.args)
+    return found
 
 
 def is_document(x: Expr) -> bool:
