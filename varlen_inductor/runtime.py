@@ -57,6 +57,7 @@ class PackedProgram:
     def __call__(self, *args: Any) -> Any:
         with torch.no_grad():
             inputs = self._plan(args)
+        _compat.counters()["padded_steps" if inputs is None else "packed_steps"] += 1
         if inputs is None:
             return self.padded(*args)
         for index in inputs[::3]:
