@@ -1,8 +1,10 @@
-"""varlen_attn in Inductor: PyTorch's own FlashAttention operators where they are the kernel of choice.
+"""varlen_attn in Inductor: PyTorch's own FlashAttention operators where they are the kernel of choice, else a plain call.
 
 Our operator is Python to the dispatcher; a packed training step calls it twice a layer, and is bound by the host. Where the choice
 falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
-the generated code calls without any Python of ours (and which AOTInductor can call, too).
+the generated code calls without any Python of ours (and which AOTInductor can call, too). Everywhere else the node stays one node,
+and the generated code calls the function behind the operator (`direct`), past the dispatcher, autograd and the checks that were
+made when the graph was traced.
 
     before                                                        after
     %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
@@ -10,13 +12,13 @@ the generated code calls without any Python of ours (and which AOTInductor can c
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, config
+from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
@@ -44,33 +46,12 @@ def _aligned(x: Tensor) -> Tensor:
     return x if good else x.contiguous()
 
 
-def _split(
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    head_dim: int,
-    scale: float | None = None,
-    window_left: int = UNBOUNDED,
-    window_right: int = UNBOUNDED,
-    dropout_p: float = 0.0,
-    seqused_k: Tensor | None = None,
-    position_q: Tensor | None = None,
-    position_k: Tensor | None = None,
-    kernels: str | None = None,
-    tails_unread: bool = False,
-) -> tuple[Layout, Rule, str | None]:
-    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread)
-    return layout, Rule(scale or 1.0 / math.sqrt(head_dim), window_left, window_right, dropout_p), kernels
-
-
 def _windows(rule: Rule) -> dict[str, Any]:
     return {"scale": rule.scale, "window_size_left": rule.window_left, "window_size_right": rule.window_right}
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-    layout, rule, kernels = _split(*args, head_dim=query.shape[2], **options)
+    layout, rule, kernels = split_arguments(query, *args, **options)
     if not _direct(query, key, value, layout, rule, kernels):
         return NotImplemented
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
@@ -101,7 +82,7 @@ def _backward(
     *args: Any,
     **options: Any,
 ) -> Any:
-    layout, rule, kernels = _split(*args, head_dim=query.shape[2], **options)
+    layout, rule, kernels = split_arguments(query, *args, **options)
     if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels):
         return NotImplemented
     return _aten._flash_attention_backward.default(
@@ -124,8 +105,9 @@ def _backward(
 
 
 def register() -> None:
-    """Register the decompositions with Inductor; further calls do nothing."""
+    """Register decompositions and lowerings with Inductor; further calls do nothing."""
     table = {_ops.varlen_attn.default: _forward, _ops.varlen_attn_backward.default: _backward}
     _compat.register_inductor_decompositions(table)
-    for op in table:
-        _compat.keep_as_call(op)
+    # Where its decomposition declines, the operator is called.
+    for op, function in ((_ops.varlen_attn.default, "forward"), (_ops.varlen_attn_backward.default, "backward")):
+        _compat.lower_to_call(op, "varlen_inductor.lowering.direct", function)

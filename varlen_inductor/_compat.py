@@ -525,11 +525,11 @@ def fix_symbol(value: torch.SymFloat) -> float | None:
     return float(value) if value.node.has_hint() else None
 
 
-def lower_to_call(op: Any, module: str, function: str, unless: Callable[[], bool]) -> None:
+def lower_to_call(op: Any, module: str, function: str) -> None:
     """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
 
     ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
-    ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator, and so does all code if ``unless`` says so.
+    ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator.
     A decomposition that declines leaves the operator to this lowering. Read in 2.11, 2.13.
     """
     from torch._inductor import ir, lowering
@@ -540,7 +540,7 @@ def lower_to_call(op: Any, module: str, function: str, unless: Callable[[], bool
 
     class Call(ir.FallbackKernel):
         def codegen(self, wrapper: Any) -> None:
-            if not (V.graph.cpp_wrapper or V.graph.fx_wrapper or unless()):
+            if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
                 self.python_kernel_name = alias
                 outermost = wrapper
                 while hasattr(outermost, "parent_wrapper"):
@@ -552,7 +552,11 @@ def lower_to_call(op: Any, module: str, function: str, unless: Callable[[], bool
         def boxed(x: Any) -> Any:
             return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
 
-        return _pytree.tree_map(boxed, Call.create(op, *args, **kwargs))
+        outputs = Call.create(op, *args, **kwargs)
+        for output in outputs:
+            # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.
+            V.graph.unaligned_buffers.discard(output.get_name())
+        return _pytree.tree_map(boxed, outputs)
 
     if op not in lowering.lowerings:
         lowering.add_needs_realized_inputs(op)

@@ -65,7 +65,7 @@ varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _arguments(
+def split_arguments(
     query: Tensor,
     cu_seq_q: Tensor,
     cu_seq_k: Tensor,
@@ -90,7 +90,7 @@ def _arguments(
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layout, rule, kernels = _arguments(query, *args, **options)
+    layout, rule, kernels = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
     if config.debug:
         check_lengths(layout, query.shape[0], key.shape[0])
@@ -109,7 +109,7 @@ def _backward(
     *args: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, rule, kernels = _arguments(query, *args, **options)
+    layout, rule, kernels = split_arguments(query, *args, **options)
     kernels = config.kernels if kernels is None else kernels
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
@@ -164,7 +164,7 @@ def _rng_size(rule: Rule) -> int:
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layout, rule, _ = _arguments(query, *args, **options)
+    layout, rule, _ = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
     tokens, heads, _ = query.shape
     out = query.new_empty((tokens, heads, value.shape[2]))
