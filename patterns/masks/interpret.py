@@ -8,6 +8,7 @@ it is read, not looked into, and `Interpreter.why` keeps the reason.
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 from collections.abc import Callable
@@ -31,6 +32,8 @@ __all__ = [
     "value_of",
     "where_in_source",
 ]
+
+log = logging.getLogger(__name__)
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Interpreter", fx.Node, dict[str, Any], Index], Expr]
@@ -136,8 +139,14 @@ class Interpreter:
         try:
             arguments = bound_arguments(node) if op_name(node) else {}
             return self.b.cast(handler(self, node, arguments, idx), value_of(node).dtype)
-        except (Unsupported, OverflowError) as error:
+        except Unsupported as error:
             return self.leaf(node, idx, str(error) or self._unknown(node))
+        except RecursionError:
+            raise
+        except Exception:
+            # A leaf is always right: a rule that stumbles costs a proof, not the compilation.
+            log.debug("the rule of %s failed", node.format_node(), exc_info=True)
+            return self.leaf(node, idx, self._unknown(node))
 
     @staticmethod
     def _unknown(node: fx.Node) -> str:

@@ -105,7 +105,8 @@ def _arithmetic(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Exp
     if name == "rsub":
         left, right, name = right, left, "sub"
     op = _ARITHMETIC.get(name, {"multiply": "mul", "subtract": "sub"}.get(name, ""))
-    return arithmetic(it, op, left, right, value_of(node).dtype)
+    # In place, the result is rounded to the dtype of the tensor that is written; the arithmetic is that of both.
+    return arithmetic(it, op, left, right, it.common_dtype(a["self"], a["other"]))
 
 
 def arithmetic(it: Interpreter, op: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr:

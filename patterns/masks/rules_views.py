@@ -199,7 +199,7 @@ def value_of_argument(x: Any) -> Any:
 
 @rule("getitem")
 def _getitem(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
-    """One result of unbind, split, chunk or meshgrid."""
+    """One result of unbind, split, chunk, meshgrid or broadcast_tensors."""
     source, which = node.args
     if not isinstance(source, fx.Node) or not isinstance(which, int) or not op_name(source):
         raise Unsupported
@@ -208,6 +208,8 @@ def _getitem(it: Interpreter, node: fx.Node, a: Arguments, idx: Index) -> Expr:
         operand, indexing = arguments["tensors"][which], arguments.get("indexing", "ij")
         dim = which if indexing != "xy" or which > 1 else 1 - which
         return it.at(operand, (idx[dim],) if value_of(operand).dim() else ())
+    if name == "broadcast_tensors":
+        return it.arg(arguments["tensors"][which], idx)
     if name not in ("unbind", "split", "split_with_sizes", "chunk", "tensor_split"):
         raise Unsupported(f"`{source.target}` is not understood")
     operand, dim = arguments["self"], arguments.get("dim", 0) % value_of(arguments["self"]).dim()

@@ -36,10 +36,14 @@ class ScoreStep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """For each row of the truth table: is the score still there, and what was added to it (or what replaced it)?"""
+    """For each row of the truth table: is the score still there, and what was added to it (or what replaced it)?
+
+    ``dtype`` is that of the scores; ``value`` has the dtype that eager computes in.
+    """
 
     is_score: torch.Tensor
     value: torch.Tensor
+    dtype: torch.dtype
 
     @property
     def keep(self) -> torch.Tensor:
@@ -60,7 +64,7 @@ class Outcome:
     def assumption(self) -> str | None:
         """What must be presumed about the scores for the hidden ones to weigh exactly nothing."""
         finite = ~self.keep & self.value.isfinite()
-        lowest = max(SURELY_HIDES, torch.finfo(self.value.dtype).min)
+        lowest = max(SURELY_HIDES, torch.finfo(self.dtype).min)
         mild = finite & (self.value > lowest)
         if not bool(mild.any()):
             return None
@@ -111,4 +115,4 @@ def apply_steps(
         keep = ~mask if step.kind == "fill" else mask
         is_score = is_score & keep
         value = torch.where(keep, value, torch.tensor(fill, dtype=value.dtype, device="cpu"))
-    return Outcome(is_score, value.expand(tuple(shape)))
+    return Outcome(is_score, value.expand(tuple(shape)), dtype)

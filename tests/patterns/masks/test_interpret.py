@@ -97,6 +97,8 @@ PROGRAMS: dict[str, Callable[..., torch.Tensor]] = {
     "chunk": lambda m: m.chunk(2, 1)[1],
     "meshgrid": lambda m: torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")[1] + m,
     "meshgrid xy": lambda m: torch.meshgrid(torch.arange(3), torch.arange(4), indexing="xy")[0] + m.t(),
+    "broadcast_tensors": lambda m: torch.broadcast_tensors(m, torch.arange(3)[:, None])[1],
+    "in place rounding": lambda m: torch.ones(3, 4, dtype=torch.bfloat16).mul_(m.float() * 1.001),
     "stack": lambda m: torch.stack([m, m + 1], 1),
     "cat": lambda m: torch.cat([m, m[:, 1:] * 2, m.flip(1)], 1),
     "cat of dtypes": lambda m: torch.cat([m, m.float() / 2], 0),
@@ -188,6 +190,7 @@ def test_operator(name: str) -> None:
 
 
 STATIC_ONLY = {
+    *("broadcast_tensors", "in place rounding"),
     *("unflatten", "mix", "split heads", "slice beyond", "meshgrid", "meshgrid xy", "arange", "arange down", "float arange"),
     *("int32", "full", "ones", "zeros", "eye", "cat of dtypes", "pad", "mul positions", "floor_divide", "remainder", "div trunc"),
     *("compare tensors", "where broadcast", "in place", "fill", "slice with step", "slice with step and start", "index"),

@@ -97,8 +97,10 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("name", "implementation"), list(EXPECTED))
+@pytest.mark.parametrize(("name", "implementation", "dynamic"), [
+    *((*pair, False) for pair in EXPECTED),
+    *((name, "sdpa", True) for name in ("bert", "llama", "modernbert")),
+])  # fmt: skip
 def test_hugging_face(name: str, implementation: str, dynamic: bool) -> None:
     cls, make = MODELS[name]
     config = make()

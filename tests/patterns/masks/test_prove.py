@@ -403,6 +403,7 @@ def test_what_eager_gives_a_query_without_keys(spelling: str, dtype: torch.dtype
     )
     proof = made.prove()
     assert proof.no_valid_key == expected
+    assert (proof.assumption is None) == (low <= max(-1e30, torch.finfo(dtype).min))
     # `check` compares with eager, also where a row of the batch has no valid key.
     assert all(check(made, proof, [m]) for m in (torch.zeros(B, S).long(), attention_mask(), torch.tensor([[0] * S, [1] * S])))
 
