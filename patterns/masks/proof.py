@@ -51,8 +51,10 @@ class ScoreLayout:
 
 @dataclass(frozen=True)
 class MaskProof:
-    """What a mask was proven to be: key ``k`` is visible to query ``q`` of batch row ``b`` exactly if ``key`` holds for (b, k),
-    ``query`` holds for (b, q), and ``q - window_left <= k <= q + window_right``.
+    """What a mask was proven to be.
+
+    Key ``k`` is visible to query ``q`` of batch row ``b`` exactly if ``key`` holds for (b, k), ``query`` holds for (b, q), and
+    ``q - window_left <= k <= q + window_right``.  What becomes of a query that sees no key by this rule is ``no_valid_key``.
 
     Attributes:
         key: which keys are visible; None: all.
