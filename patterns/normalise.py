@@ -154,6 +154,11 @@ _UNRECORDED_MODULES = {
     "torch.nn.attention": "it selects an attention kernel (torch.nn.attention.sdpa_kernel) inside the graph",
 }
 
+_UNRECORDED_FUNCTIONS = {
+    "_enter_inference_mode": "it enters inference mode inside the graph",
+    "_exit_inference_mode": "it enters inference mode inside the graph",
+}
+
 # Calls that leave nothing behind which a result depends on.
 _HARMLESS = frozenset(
     {
@@ -188,7 +193,7 @@ def _refuse_what_tracing_loses(gm: fx.GraphModule) -> None:
             name = getattr(target, "__name__", str(target))
             within = module == prefix or module.startswith(prefix + ".")
             if within and name not in _HARMLESS and not _is_kept_by_tracing(target):
-                raise NotNormalisable(f"{reason} ({name})")
+                raise NotNormalisable(_UNRECORDED_FUNCTIONS.get(name, reason))
 
 
 def _is_kept_by_tracing(target: Any) -> bool:
@@ -420,7 +425,7 @@ def _mark_requires_grad(graph: fx.Graph) -> None:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
         if node.op == "placeholder":
-            flag = bool(getattr(node.meta.get("example_value"), "requires_grad", False))
+            flag = bool(getattr(node.meta.get("example_value", node.meta.get("val")), "requires_grad", False))
         elif node.op == "get_attr":
             flag = bool(getattr(_attribute_or_none(graph.owning_module, str(node.target)), "requires_grad", False))
         else:

@@ -276,6 +276,57 @@ def test_views_stand_any_strides() -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------ the programs behind rule 6
+
+
+def test_rule_6_assignment_to_a_causal_mask() -> None:
+    """A naive reader sees a causal mask; four keys are visible to all."""
+
+    def function(h: Tensor, x: Tensor) -> Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        mask[..., :4] = True
+        return torch.where(mask, h @ x.mT, 0.0)
+
+    backend = Captured(functionalise)
+    assert_same(Model(function), {"x": torch.randn(4, 6, 8)}, backend)
+    (where,) = (n for n in backend.graph.nodes if str(n.target).startswith("aten.where"))
+    assert str(where.args[0].target) == "aten.slice_scatter.default"
+
+
+def test_rule_6_assignment_to_a_position() -> None:
+    def function(h: Tensor, x: Tensor) -> Tensor:
+        h[:, 0] = 7
+        return h.sin()
+
+    backend = Captured(functionalise)
+    assert_same(Model(function), {"x": torch.randn(4, 6, 8)}, backend)
+    (sin,) = (n for n in backend.graph.nodes if str(n.target) == "aten.sin.default")
+    assert str(sin.args[0].target) == "aten.select_scatter.default"
+
+
+def test_rule_6_hidden_states_zeroed_at_padding() -> None:
+    def function(h: Tensor, x: Tensor) -> Tensor:
+        h[~(x[..., 0] > 0)] = 0
+        return h.sin()
+
+    backend = Captured(functionalise)
+    assert_same(Model(function), {"x": torch.randn(4, 6, 8)}, backend)
+    (sin,) = (n for n in backend.graph.nodes if str(n.target) == "aten.sin.default")
+    assert str(sin.args[0].target) == "aten.masked_fill.Scalar"
+
+
+def test_rule_6_what_is_not_understood_is_opaque() -> None:
+    def function(h: Tensor, x: Tensor) -> Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        torch.diagonal(mask.unfold(0, 2, 1)[:, :, 0]).fill_(False)
+        return torch.where(mask, h @ x.mT, 0.0)
+
+    backend = Captured(functionalise)
+    assert_same(Model(function), {"x": torch.randn(4, 6, 8)}, backend)
+    (where,) = (n for n in backend.graph.nodes if str(n.target).startswith("aten.where"))
+    assert where.args[0] in written_storages(backend.graph)
+
+
 class TestGraphs(expecttest.TestCase):
     def test_slice_of_new_memory(self) -> None:
         def function(x: Tensor) -> Tensor:

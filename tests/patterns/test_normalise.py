@@ -27,8 +27,7 @@ def bf16_autocast() -> contextlib.AbstractContextManager[Any]:
 # ------------------------------------------------------------------------------------------------------ real models
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", zoo.HF_MODELS)
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in zoo.HF_MODELS), ("llama", "eager")])
 def test_hugging_face(name: str, attention: str) -> None:
     model, inputs = zoo.hf_model(name, attention)
     assert_same(model.train(), inputs, Captured())
@@ -86,7 +85,7 @@ def test_twelve_layers_take_well_under_a_second() -> None:
         return gm.forward
 
     torch.compile(transformers.BertModel(config), backend=backend)(torch.ones(2, 8, dtype=torch.long))
-    assert min(times) < 2, "loose, for a busy machine: about 0.4 s on one core"
+    assert min(times) < 4, "loose, for a busy machine: about 0.4 s on one core"
 
 
 # ------------------------------------------------------------------------------------- what surrounds the operators
@@ -227,7 +226,7 @@ def test_numbers_and_gradients_under_autocast(make: type[nn.Module]) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_higher_order_operators_stay_whole() -> None:
+def test_rule_13_higher_order_operators_stay_whole() -> None:
     backend = Captured()
     torch.compile(Checkpointed(), backend=backend, fullgraph=True)(**zoo.hand_inputs())
     (node,) = (n for n in backend.graph.nodes if isinstance(n.target, HigherOrderOperator))
@@ -458,6 +457,40 @@ def test_rule_15_tensor_subclasses() -> None:
 def test_jagged_tensors_are_refused() -> None:
     x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
     assert "subclass (nested tensor)" in refusal(lambda x: x.sin(), x)
+
+
+def test_inference_mode_inside_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return x * 2
+
+    assert refusal(function, torch.randn(3, 4)) == "it enters inference mode inside the graph"
+
+
+def test_a_choice_of_kernel_inside_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    assert "selects an attention kernel" in refusal(function, torch.randn(1, 3, 4))
+
+
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+def test_sizes_that_depend_on_data(inner: str | None) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        positive = (x > 0).nonzero()
+        return x[positive[:, 0]].sum(0) + torch.arange((x[:, 0] > 0).sum().item()).sum()
+
+    x = torch.randn(6, 4)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        result = torch.compile(function, backend=Captured(inner=inner), fullgraph=True)(x)
+    torch.testing.assert_close(result, function(x))
+
+
+def test_inference_mode_outside() -> None:
+    model, inputs = Block(), zoo.hand_inputs()
+    with torch.inference_mode():
+        assert_same(model, inputs, Captured(inner="aot_eager"), backward=False)
 
 
 def test_metadata_writes_are_refused() -> None:

@@ -62,8 +62,7 @@ def inputs(heads: int = HEADS // GROUPS) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "valid": valid}
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("sdpa", [True, False], ids=["sdpa", "decomposed"])
+@pytest.mark.parametrize(("sdpa", "dynamic"), [(True, False), (False, True)], ids=["sdpa-static", "decomposed-dynamic"])
 @pytest.mark.parametrize(
     "repeat", [hugging_face, contiguous_between, repeat_interleave, repeat_interleave_from_the_end], ids=lambda f: f.__name__
 )
