@@ -213,8 +213,8 @@ class Builder:
     def _taint(self, node: fx.Node) -> None:
         """Note in which domains padded rows of ``node`` were computed from rows that only stand in for padded ones.
 
-        Rows of an attention are those of its queries: padded keys are skipped whatever they hold. And where it is known what
-        padded rows hold, that is what they were given.
+        Rows of an attention are those of its queries: padded keys are skipped whatever they hold. Where it is known what
+        padded rows hold, that is what they were given. What has no rows of tokens was proven not to depend on padded ones.
         """
         domains: set[Domain] = set()
         for x in node.args[:1] if attention_of(node) is not None else node.all_input_nodes:
@@ -222,7 +222,7 @@ class Builder:
             if region is not None and not region.pad_values.known(x):  # type: ignore[arg-type]
                 domains.add(region.domain)
             domains |= self.tainted.get(x, set())  # type: ignore[arg-type]
-        domains = {d for d in domains if not self.views[d].region.pad_values.known(node)}
+        domains = {d for d in domains if self.views[d].carries(node) and not self.views[d].region.pad_values.known(node)}
         if domains:
             self.tainted[node] = domains
 
@@ -348,6 +348,12 @@ class PackedView:
 
     def touches(self, node: fx.Node) -> bool:
         return is_tensor(node) and not self.free_of_tokens(node)
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether ``node``, or one of its results, has token rows."""
+        return is_tensor(node) and self.layout(node) is not None or any(
+            d is not None and layout_of(d, self.domain) is not None for d in self.table[node].dims if not is_tensor(node)
+        )
 
     def free_of_tokens(self, node: fx.Node) -> bool:
         """Whether ``node`` varies with neither position nor batch row of the domain, not even in part."""

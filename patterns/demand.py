@@ -207,6 +207,8 @@ class _Walk:
             return special if why is None else Demand(user, f"reads some rows, and whether they are padded cannot be checked: {why}")
         if self.table[user].opaque:
             return Demand(user, "is not known to work row by row")
+        if self._weighed_by_zero(user, node):
+            return NOTHING
         if mixes_tokens(user, node, self.table, self.domain):
             return Demand(user, "mixes rows of different tokens")
         if _is_multi(user) or self.carries.get(user):
@@ -253,6 +255,16 @@ class _Walk:
         if name == "index" and user.args[0] is node:
             return self._indexed(user, node)
         return None
+
+    def _weighed_by_zero(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether a matrix product sums over positions with weights that are zero at padded ones."""
+        if op_name(user) not in ("matmul", "bmm", "mm"):
+            return False
+        weights = [x for x in user.args[:2] if x is not node]
+        if len(weights) != 1 or not isinstance(weights[0], fx.Node) or self.pad_values.value(weights[0]) != 0:
+            return False
+        summed = {x: leaves(self.table[x].dims[dim]) for x, dim in self.table[user].mixed}
+        return summed[node] == summed[weights[0]] == self.domain.position
 
     def _short_slice(self, user: fx.Node, node: fx.Node) -> Demand | None:
         """``x[:, :1]`` and the like: at most four positions from either end."""

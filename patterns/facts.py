@@ -73,8 +73,8 @@ def facts_of(choice: Choice, table: dict[fx.Node, Typing]) -> list[Fact]:
     for region in choice.regions:
         analysis = choice.analyses[region.domain]
         reads = {read for node in region.nodes if not region.pad_values.known(node) for read in analysis.of(node).reads}
-        for read in sorted(reads, key=lambda r: (r.node.name, r.position)):
-            fact = _harmless(read, region.domain, table)
+        found = [_harmless(read, region.domain, table) for read in sorted(reads, key=lambda r: (r.node.name, r.position))]
+        for fact in [*found, *(_never_empty(region.domain, node) for node in region.pad_values.nonempty)]:
             facts.setdefault((fact.about, fact.text), fact)
     return list(facts.values())
 
@@ -112,19 +112,20 @@ def _contiguous(domain: Domain, site: fx.Node) -> Fact:
     return Fact(f"the valid positions of each sequence are contiguous ({domain.predicate.text})", emit, domain, site)
 
 
+def _never_empty(domain: Domain, asker: fx.Node) -> Fact:
+    def emit(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
+        return _call(graph, aten.all.default, _call(graph, aten.any.dim, masks[domain], 1))
+
+    return Fact(f"every sequence has a valid position ({domain.predicate.text})", emit, domain, asker)
+
+
 def _always_a_key(domain: Domain, site: fx.Node) -> Fact:
     """Every query of ``site`` sees a key (rule 9): what eager gives one that sees none is not what the varlen call gives."""
     attention = attention_of(site)
     assert attention is not None
     left, right = attention.proof.window_left, attention.proof.window_right
-    text = domain.predicate.text
     if (left, right) == (-1, -1):
-
-        def emit(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
-            return _call(graph, aten.all.default, _call(graph, aten.any.dim, masks[domain], 1))
-
-        return Fact(f"every sequence has a valid position ({text})", emit, domain, site)
-
+        return _never_empty(domain, site)
     queries, keys = (x.meta["val"].shape[-2] for x in site.args[:2])  # type: ignore[union-attr]
     if as_size(queries) != as_size(keys):
         raise FactNotCheckable("it has a window, another number of queries than keys, and maybe queries that see no key", site)

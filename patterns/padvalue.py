@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .dims import leaves
 from .domain import Domain, layout_of, touches
+from .masks.scores import HIDES, SURELY_HIDES
 from .oprules import POINTWISE, Args, Typing, is_tensor, op_name
 
 Number = int | float | bool
@@ -37,6 +39,10 @@ class PadValues:
         domain: whose padded rows.
         mask_value: the value of a node that depends only on masks and positions, at padded rows; None if it is not one constant.
         boundaries: values whose storage is written somewhere: what they hold depends on when they are read.
+        may_presume: whether facts about the data may be presumed, to be checked before the graph runs.
+
+    ``nonempty`` are the nodes whose value presumes that every sequence has a valid position; ``assumptions`` says in words what
+    is presumed and cannot be checked.
     """
 
     def __init__(
@@ -46,11 +52,15 @@ class PadValues:
         domain: Domain,
         mask_value: MaskValue,
         boundaries: frozenset[fx.Node] = frozenset(),
+        may_presume: bool = False,
     ) -> None:
         self._table = table
         self._domain = domain
         self._mask_value = mask_value
         self._values: dict[fx.Node, Number] = {}
+        self._may_presume = may_presume
+        self.nonempty: list[fx.Node] = []
+        self.assumptions: list[str] = []
         for node in graph.nodes:
             value = None if node in boundaries else self._compute(node)
             if value is not None:
@@ -74,6 +84,8 @@ class PadValues:
             return self._values.get(source) if isinstance(source, fx.Node) else None
         if name == "dropout":
             return 0 if self._values.get(node.args[0]) == 0 else None  # type: ignore[arg-type]
+        if name in ("softmax", "_softmax"):
+            return self._weight(node)
         value = self._absorbed(node, name)
         if value is None and name in POINTWISE and name not in _RANDOM:
             value = self._folded(node)
@@ -104,6 +116,23 @@ class PadValues:
             if any(self._operand(x) is False for x in node.args[:2]):
                 return False
         return None
+
+    def _weight(self, node: fx.Node) -> Number | None:
+        """A softmax over positions gives padded ones no weight if their scores are far below all others.
+
+        In a sequence that is all padding it gives them all the same, or NaN if the scores are minus infinity.
+        """
+        a = Args(node, self._table)
+        score, dims = self._values.get(a[0]), a.dims(0)
+        if score is None or not score <= HIDES or leaves(dims[a["dim"] % len(dims)]) != self._domain.position:
+            return None
+        if score != -math.inf:
+            if not self._may_presume:
+                return None
+            self.nonempty.append(node)
+            if score > max(SURELY_HIDES, torch.finfo(node.meta["val"].dtype).min):
+                self.assumptions.append(f"a score of {score:g} weighs nothing in {node.name}: the other scores are far above it")
+        return 0
 
     def _operand(self, x: Any) -> Number | None:
         """The value of an operand at padded rows: its constant, or that of a scalar that is the same everywhere."""

@@ -40,6 +40,11 @@ class Choice:
     analyses: dict[Domain, Analysis] = field(default_factory=dict)
     refused: dict[fx.Node, str] = field(default_factory=dict)
 
+    @property
+    def assumptions(self) -> list[str]:
+        """What is presumed about values that the model computes."""
+        return [text for region in self.regions for text in region.pad_values.assumptions]
+
     def region(self, domain: Domain) -> Region:
         return next(r for r in self.regions if r.domain is domain)
 
@@ -67,7 +72,7 @@ def choose(
     domains = list(dict.fromkeys(choice.domains.values()))
     taken: set[fx.Node] = set()
     for domain in sorted(domains, key=lambda d: -len(d.sites)):
-        pad_values = PadValues(graph, table, domain, MaskValues(table, domain, boundaries), boundaries)
+        pad_values = PadValues(graph, table, domain, MaskValues(table, domain, boundaries), boundaries, mode == "model")
         analysis = analyse(
             graph,
             table,

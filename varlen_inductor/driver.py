@@ -329,6 +329,7 @@ def _fill_report(
         for crossing in region.crossings:
             shown.edges.append(_edge(crossing, choice, region))
         made.regions.append(shown)
+    made.notes.extend(text for text in choice.assumptions if text not in made.notes)
     made.notes.extend(f"checked at run time: {fact.text}; if not, the padded graph runs" for fact in relied_on)
 
 
