@@ -127,8 +127,15 @@ WRITTEN_OUT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("attention", WRITTEN_OUT, ids=lambda f: f.__name__)
+# Those in which a size or a number of the model becomes a symbol that the walk meets.
+WITH_SYMBOLS = [bert, scaled_by_a_literal, weights_masked_again, bmm_folded, baddbmm]
+
+
+@pytest.mark.parametrize(
+    ("attention", "dynamic"),
+    [*((f, False) for f in WRITTEN_OUT), *((f, True) for f in WITH_SYMBOLS)],
+    ids=lambda x: getattr(x, "__name__", {False: "static", True: "dynamic"}.get(x)),
+)
 def test_fields_say_what_it_computes(attention: Any, dynamic: bool) -> None:
     backend = Detected()
     tolerance = 3e-2 if attention is in_float32 else 1e-4
