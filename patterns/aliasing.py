@@ -18,6 +18,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from varlen_inductor import _compat
+
 aten = torch.ops.aten
 
 # Operators that write to arguments which their schema does not mark as written, and which arguments those are.
@@ -80,7 +82,7 @@ def storages_of(node: fx.Node) -> Iterator[int]:
     """Identities of the storages behind the fake tensors that `node` holds."""
     for value in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            yield value.untyped_storage()._cdata
+            yield _compat.storage_id(value)
 
 
 def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
@@ -136,9 +138,9 @@ def written_nodes(node: fx.Node) -> Iterator[fx.Node]:
 
 _WITHOUT_TENSORS = frozenset(
     {
-        torch._C._set_grad_enabled,
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
+        _compat.SET_GRAD_ENABLED,
+        _compat.ENTER_AUTOCAST,
+        _compat.EXIT_AUTOCAST,
     }
 )
 

@@ -21,6 +21,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from varlen_inductor import _compat
+
 from .aliasing import Storages, storages_of, written_nodes
 from .simplify import drop_identities, drop_unused
 from .views import View, view_of
@@ -200,7 +202,7 @@ def _nodes_without_grad(graph: fx.Graph) -> frozenset[fx.Node]:
     enabled = torch.is_grad_enabled()
     off = set()
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _compat.SET_GRAD_ENABLED:
             enabled = bool(node.args[0])
         elif not enabled:
             off.add(node)
@@ -212,7 +214,7 @@ def _any_requires_grad(nodes: Iterable[fx.Node]) -> bool:
 
 
 def _autocast_possible(graph: fx.Graph) -> bool:
-    enters = torch.amp.autocast_mode._enter_autocast
+    enters = _compat.ENTER_AUTOCAST
     devices = {v.device.type for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
     on = any(torch.is_autocast_enabled(d) for d in devices if torch.amp.is_autocast_available(d))
     return on or any(n.target is enters for n in graph.nodes)

@@ -304,13 +304,13 @@ class _Recorder(fx.Interpreter):
             decomposition = rewritten.decomposition(target, args, kwargs)
             if decomposition is not None:
                 return decomposition(*args, **kwargs)
-        if target is torch.amp.autocast_mode._enter_autocast:
+        if target is _compat.ENTER_AUTOCAST:
             # The function alone would be recorded but not run; the context manager does both.
             autocast = torch.autocast(*args, **kwargs)
             autocast.__enter__()
             self.autocasts.append(autocast)
             return autocast
-        if target is torch.amp.autocast_mode._exit_autocast:
+        if target is _compat.EXIT_AUTOCAST:
             self.autocasts.remove(args[0])
             args[0].__exit__(None, None, None)
             return None
@@ -407,7 +407,7 @@ def _copy_placeholders(gm: fx.GraphModule, new: fx.GraphModule) -> None:
     old = (n for n in gm.graph.nodes if n.op == "placeholder")
     for node, original in zip([n for n in new.graph.nodes if n.op == "placeholder"], old, strict=True):
         node.target = original.target
-        node._rename(original.name)
+        _compat.rename(node, original.name)
         node.meta = dict(original.meta)
         node.meta.setdefault("val", original.meta.get("example_value"))
     new.recompile()
@@ -422,7 +422,7 @@ def _mark_requires_grad(graph: fx.Graph) -> None:
     written_with_gradient: set[fx.Node] = set()
     enabled = torch.is_grad_enabled()
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _compat.SET_GRAD_ENABLED:
             enabled = bool(node.args[0])
         if node.op == "placeholder":
             flag = bool(getattr(node.meta.get("example_value", node.meta.get("val")), "requires_grad", False))
@@ -437,7 +437,7 @@ def _mark_requires_grad(graph: fx.Graph) -> None:
         # What is written with a gradient passes it on to all that shares the memory, and from there to what reads it.
         enabled = torch.is_grad_enabled()
         for node in graph.nodes:
-            if node.target is torch._C._set_grad_enabled:
+            if node.target is _compat.SET_GRAD_ENABLED:
                 enabled = bool(node.args[0])
             reads = enabled and node.target not in _NO_GRADIENT and any(_requires_grad(a) for a in node.all_input_nodes)
             if (reads or storages.root(node) in written_with_gradient) and _may_carry_gradient(node.meta.get("val")):

@@ -267,6 +267,22 @@ def ddp_optimizer_class() -> Any:
 
 # --- recording a graph (patterns/normalise.py) -----------------------------------------------------------------------
 
+# The calls by which a graph changes grad mode and autocast. Read in 2.11, 2.13.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
+
+def storage_id(value: torch.Tensor) -> int:
+    """The same number for tensors that share memory, while one of them lives. Read in 2.11, 2.13."""
+    return value.untyped_storage()._cdata
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node another name, or one like it if that is taken. Read in 2.11, 2.13."""
+    node._rename(name)
+
+
 
 def functorch_level_active() -> bool:
     """Whether the caller runs under vmap, grad or jvp. Read in 2.11, 2.13."""
