@@ -26,7 +26,9 @@ _ops = torch.ops.varlen_inductor
 _aten = torch.ops.aten
 
 
-def _direct(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
+def _direct(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, backward: bool = False
+) -> bool:
     """Whether the ATen operator alone does what ours promises here."""
     if query.device.type != "cuda" or not layout.tails_unread or layout.seqused_k is not None:
         return False
@@ -34,15 +36,17 @@ def _direct(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         return False
     if layout.cu_seq_q.shape[0] - 1 > aten_flash.MAX_SEQUENCES:
         return False
+    if not (layout.cu_seq_q.is_contiguous() and layout.cu_seq_k.is_contiguous()):
+        return False
     if rule.window_right not in (UNBOUNDED, 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
         return False
     problem = Problem.of(query, key, value, layout, rule)
-    return choose(problem, kernels or config.kernels).backend.name == "aten_flash"
+    return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
 def _aligned(x: Tensor) -> Tensor:
     """As the kernels read it: 16 bytes at a time. (Values are usually slices of one projection; those are aligned.)"""
-    good = x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(0) % 8 == 0
+    good = x.stride(2) == 1 and x.stride(1) % 8 == x.stride(0) % 8 == x.storage_offset() % 8 == 0
     return x if good else x.contiguous()
 
 
@@ -83,7 +87,7 @@ def _backward(
     **options: Any,
 ) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels):
+    if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels, backward=True):
         return NotImplemented
     return _aten._flash_attention_backward.default(
         _aligned(grad_out),

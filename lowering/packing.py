@@ -35,5 +35,10 @@ def _unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 def register() -> None:
     """Register the decompositions with Inductor; further calls do nothing."""
     _compat.register_inductor_decompositions(
-        {_ops.pack.default: _pack, _ops.unpack.default: _unpack, _ops.unpack_adjoint.default: _unpack_adjoint}
+        {
+            _ops.pack.default: _pack,
+            _ops.unpack.default: _unpack,
+            _ops.unpack_adjoint.default: _unpack_adjoint,
+            _ops.plan_in_place.default: packing.plan_in_place,
+        }
     )

@@ -32,13 +32,15 @@ aten = torch.ops.aten
 class Plan:
     """The nodes of the new graph that say where a domain's tokens are; see `varlen_inductor.ops.packing`.
 
-    ``dead_sequence``: ``cu_seqlens`` has one more sequence, made of the dead rows.
+    ``dead_sequence``: ``cu_seqlens`` has one more sequence, made of the dead rows. ``used``: the keys in use of each sequence,
+    in a plan that moves no rows.
     """
 
     index: fx.Node
     inverse: fx.Node
     cu_seqlens: fx.Node
     dead_sequence: bool
+    used: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -390,8 +392,10 @@ class PackedView:
         """Which packed rows are tokens and not dead, (T,) bool."""
         plan = self.ready()
         row = self.call(aten.index.Tensor, plan.inverse, [plan.index])
-        number = self.call(aten.cumsum.default, self.call(aten.ones_like.default, plan.index), 0)
-        return self.call(aten.eq.Tensor, row, self.call(aten.sub.Tensor, number, 1))
+        # Not a cumsum of ones: Triton takes tens of seconds to compile a scan.
+        rows = self.call(aten.sym_size.int, plan.index, 0)
+        number = self.call(aten.arange.default, rows, device=self.domain.sites[0].meta["val"].device)
+        return self.call(aten.eq.Tensor, row, number)
 
     def packed(self, node: fx.Node) -> fx.Node:
         """The packed form of a value with token rows."""
@@ -411,6 +415,8 @@ class PackedView:
         padded = self.builder.padded(node)
         with self.builder.after(padded, plan.index, plan.inverse, here=node in self.builder.boundaries):
             rows = self.to_rows(padded, layout)
+            if plan.used is not None:
+                return rows
             return self._crossed("pack", node, self.call(torch.ops.varlen_inductor.pack.default, rows, plan.index, plan.inverse))
 
     def _crossed(self, kind: str, node: fx.Node, emitted: fx.Node) -> fx.Node:

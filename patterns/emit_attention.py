@@ -47,6 +47,7 @@ class Rows:
     cu_seqlens: fx.Node
     longest: Any
     position: Callable[[], fx.Node]
+    used: fx.Node | None = None
 
 
 @dataclass
@@ -126,7 +127,7 @@ class AttentionEmitter:
 
     def _keys(self, view: PackedView, key: fx.Node) -> Rows:
         return Rows(
-            self._heads(view, view.packed(key), key), view.ready().cu_seqlens, self._longest(view), lambda: _positions(view)
+            self._heads(view, view.packed(key), key), view.ready().cu_seqlens, self._longest(view), lambda: _positions(view), view.ready().used
         )
 
     def _packed_queries(self, view: PackedView, query: fx.Node) -> Rows:
@@ -184,6 +185,8 @@ class AttentionEmitter:
             kwargs.update(window_left=left, window_right=right)
         if attention.dropout_p:
             kwargs["dropout_p"] = attention.dropout_p
+        if keys.used is not None:
+            kwargs["seqused_k"] = keys.used
         if needs_positions:
             kwargs.update(position_q=queries.position(), position_k=keys.position())
         call = builder.call(

@@ -229,7 +229,7 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
         domain_of=choice.domains.__getitem__,
         ranks_suffice=lambda domain: mode == "model" or domain.predicate.is_prefix,
         longest_dead=2 * config.round_tokens if mode == "model" else 0,
-        kernel=lambda site, positions: _kernel(site, positions, sites, choice),
+        kernel=lambda site, positions: _kernel(site, positions, sites, mode == "attention" and _stays_in_place(choice)),
     )
     build = Builder(sites.gm, table, choice.regions, emitter, live, sites.boundaries)
     build.placeholders()
@@ -242,7 +242,7 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
             inputs = (build.add_input(f"{name}_{part}") for part in ("index", "inverse", "cu_seqlens"))
             build.views[region.domain].plan = Plan(*inputs, dead_sequence=True)
     else:
-        _plans_in_graph(build, sites.gm.graph, domains)
+        _plans_in_graph(build, sites.gm.graph, domains, _stays_in_place(choice))
     body = build.build()
     _fill_report(made, sites, choice, relied_on, mode)
     return Rewrite(made, body, plan, len(domains))
@@ -264,7 +264,13 @@ def _refuse_what_needs_facts(choice: regions.Choice) -> None:
             raise SiteRefused(site, f"without a look at the data it is not known that {needed[0].text}")
 
 
-def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain]) -> None:
+def _stays_in_place(choice: regions.Choice) -> bool:
+    """Whether no row need be moved: each sequence comes first in its row, and all queries are packed."""
+    inside = {node for region in choice.regions for node in region.nodes}
+    return all(site in inside and domain.predicate.is_prefix for site, domain in choice.domains.items())
+
+
+def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_place: bool) -> None:
     for domain in domains:
         behind = max(domain.predicate.leaves).next
         while behind.op == "placeholder":
@@ -274,16 +280,18 @@ def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain]) -> N
         build.live |= demand.ancestors_of(mask)
 
         def make(build: Builder, mask: fx.Node = mask) -> Plan:
-            made = build.call(torch.ops.varlen_inductor.plan_static.default, build.padded(mask))
+            operators = torch.ops.varlen_inductor
+            made = build.call((operators.plan_in_place if in_place else operators.plan_static).default, build.padded(mask))
             index, inverse, cu_seqlens = (build.call(operator.getitem, made, i) for i in range(3))
-            return Plan(index, inverse, cu_seqlens, dead_sequence=False)
+            used = build.call(operator.getitem, made, 3) if in_place else None
+            return Plan(index, inverse, cu_seqlens, dead_sequence=False, used=used)
 
         build.plan_in_graph(domain, make, {mask})
 
 
-def _kernel(site: fx.Node, positions: bool, sites: Sites, choice: regions.Choice) -> str:
+def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str:
     from varlen_inductor.ops.backends import choose as choose_kernel
-    from varlen_inductor.ops.problem import Problem
+    from varlen_inductor.ops.problem import Problem, is_long
 
     attention = attention_of(site)
     assert attention is not None
@@ -300,7 +308,9 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, choice: regions.Choice
         window_left=attention.proof.window_left,
         window_right=attention.proof.window_right,
         dropout_p=attention.dropout_p,
+        seqused_k=in_place,
         positions=positions,
+        long=is_long(query.shape[-2]),
     )
     chosen = choose_kernel(problem, config.kernels)
     if chosen.backend.name == "math" and query.device.type != "cpu":

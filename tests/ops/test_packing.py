@@ -85,7 +85,21 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.unpack.default, (packed, index, inverse, 0.0, True))
     torch.library.opcheck(ops.unpack_adjoint.default, (padded, index, inverse))
     torch.library.opcheck(ops.plan_static.default, (mask,))
+    torch.library.opcheck(ops.plan_in_place.default, (mask,))
     torch.library.opcheck(ops.row_offsets.default, (inverse, 3, 7, 1))
+
+
+@pytest.mark.parametrize("name", ["right", "empty row", "all valid", "none valid"])
+def test_in_place_plan_moves_nothing(name: str) -> None:
+    mask = MASKS[name]
+    index, inverse, cu_seqlens, used = ops.plan_in_place(mask)
+    batch, length = mask.shape
+    assert torch.equal(index, torch.arange(mask.numel()))
+    assert torch.equal(inverse >= 0, mask.reshape(-1)) and torch.equal(inverse[inverse >= 0], index[mask.reshape(-1)])
+    assert (-1 - inverse[inverse < 0]).tolist() == [b * length for b in range(batch) for v in mask[b] if not v]
+    starts = [(b * length, b * length + int(mask[b].sum())) for b in range(batch)]
+    assert cu_seqlens.tolist() == [x for pair in starts for x in pair] + [batch * length]
+    assert used.tolist() == [x for b in range(batch) for x in (int(mask[b].sum()), 0)]
 
 
 def test_row_offsets() -> None:

@@ -144,7 +144,7 @@ def run_backward(
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
-    backend = choose(Problem.of(query, key, value, layout, rule), kernels).backend
+    backend = choose(Problem.of(query, key, value, layout, rule), kernels, True).backend
     return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
 
 

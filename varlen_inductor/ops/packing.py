@@ -32,6 +32,7 @@ _LIB.define("watch_padded_rows(Tensor rows, Tensor inverse, str name) -> Tensor"
 _LIB.define("check_padded_rows(Tensor grad, Tensor inverse, str name) -> Tensor", tags=_TAGS)
 _LIB.define("row_offsets(Tensor like, SymInt batch, SymInt length, int empty) -> Tensor", tags=_TAGS)
 _LIB.define("plan_static(Tensor mask) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_LIB.define("plan_in_place(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
 def _column(flags: Tensor, like: Tensor) -> Tensor:
@@ -187,12 +188,35 @@ def check_padded_rows(grad: Tensor, inverse: Tensor, name: str) -> Tensor:
     return grad.clone()
 
 
+def plan_in_place(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A plan that moves nothing: every sequence stays where it is and is followed by one that holds its padding.
+
+    Args:
+        mask: (B, S) bool, True at valid positions, which must be the first ones of each row.
+
+    Returns:
+        ``index`` (B*S,), the identity; ``inverse`` (B*S,), where padded positions name the first row of their own sequence;
+        ``cu_seqlens`` (2*B+1,) int32; ``used`` (2*B,) int32, the keys in use: all of each sequence, none of its padding.
+    """
+    batch, length = mask.shape
+    flat = mask.reshape(-1)
+    index = torch.arange(batch * length, device=mask.device)
+    inverse = torch.where(flat, index, -1 - index // length * length)
+    lengths = mask.sum(1)
+    offset = torch.arange(2 * batch + 1, device=mask.device)
+    own = lengths[(offset // 2).clamp(max=batch - 1)]
+    cu_seqlens = (offset // 2 * length + offset % 2 * own).to(torch.int32)
+    used = torch.where(offset % 2 == 0, own, 0)[: 2 * batch].to(torch.int32)
+    return index, inverse, cu_seqlens, used
+
+
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     "row_offsets": row_offsets,
     "pack": pack,
     "unpack": _unpack_eager,
     "unpack_adjoint": unpack_adjoint,
     "plan_static": plan_static,
+    "plan_in_place": plan_in_place,
     "watch_padded_rows": watch_padded_rows,
     "check_padded_rows": check_padded_rows,
 }
@@ -228,6 +252,13 @@ def _(grad: Tensor, inverse: Tensor, name: str) -> Tensor:
 @torch.library.register_fake("varlen_inductor::row_offsets")
 def _(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
     return like.new_empty((batch + empty + 1,), dtype=torch.int32)
+
+
+@torch.library.register_fake("varlen_inductor::plan_in_place")
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = mask.new_empty((mask.shape[0] * mask.shape[1],), dtype=torch.int64)
+    cu_seqlens = mask.new_empty((2 * mask.shape[0] + 1,), dtype=torch.int32)
+    return index, torch.empty_like(index), cu_seqlens, mask.new_empty((2 * mask.shape[0],), dtype=torch.int32)
 
 
 @torch.library.register_fake("varlen_inductor::plan_static")

@@ -57,29 +57,37 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     seqused_k: bool = False
     positions: bool = False
+    long: bool = False
+    """Whether sequences may have 1024 queries or more."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
-        """The problem that these operands (real or fake) pose."""
+        """The problem that these operands (real or fake) pose. Heads and head dims that are symbols become numbers."""
         _, num_heads, head_dim = query.shape
         return cls(
             query.device,
             query.dtype,
-            num_heads,
-            key.shape[1],
-            head_dim,
-            value.shape[2],
+            int(num_heads),
+            int(key.shape[1]),
+            int(head_dim),
+            int(value.shape[2]),
             rule.window_left,
             rule.window_right,
             rule.dropout_p,
             layout.seqused_k is not None,
             layout.position_q is not None,
+            is_long(layout.max_q),
         )
 
     @property
     def windowed(self) -> bool:
         """Whether a query may see fewer keys than its sequence has. Causality is a window too."""
         return self.window_left != UNBOUNDED or self.window_right != UNBOUNDED
+
+
+def is_long(max_q: int) -> bool:
+    """`Problem.long` for a bound of the lengths; a symbolic bound counts as short, so that no guard is made."""
+    return isinstance(max_q, int) and max_q >= 1024
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

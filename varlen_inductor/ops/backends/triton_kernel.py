@@ -85,6 +85,12 @@ def _unavailable(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, and this device has {major}.{minor}"
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is of the generation that the choice between kernels was measured on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
     from varlen_inductor.ops.backends.triton_forward import forward_kernel
