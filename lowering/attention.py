@@ -12,6 +12,7 @@ made when the graph was traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,7 +111,10 @@ def _backward(
 
 def register() -> None:
     """Register decompositions and lowerings with Inductor; further calls do nothing."""
-    table = {_ops.varlen_attn.default: _forward, _ops.varlen_attn_backward.default: _backward}
+    table: dict[Any, Callable[..., Any]] = {
+        _ops.varlen_attn.default: _forward,
+        _ops.varlen_attn_backward.default: _backward,
+    }
     _compat.register_inductor_decompositions(table)
     # Where its decomposition declines, the operator is called.
     for op, function in ((_ops.varlen_attn.default, "forward"), (_ops.varlen_attn_backward.default, "backward")):
