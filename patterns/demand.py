@@ -258,13 +258,37 @@ class _Walk:
 
     def _weighed_by_zero(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether a matrix product sums over positions with weights that are zero at padded ones."""
+        if op_name(user) == "einsum":
+            return self._weighed_in_einsum(user, node)
         if op_name(user) not in ("matmul", "bmm", "mm"):
             return False
         weights = [x for x in user.args[:2] if x is not node]
         if len(weights) != 1 or not isinstance(weights[0], fx.Node) or self.pad_values.value(weights[0]) != 0:
             return False
         summed = {x: leaves(self.table[x].dims[dim]) for x, dim in self.table[user].mixed}
-        return summed[node] == summed[weights[0]] == self.domain.position
+        # Both take part row by row of the batch; else a row is weighed by the weights of others.
+        by_row = all(
+            set(self.domain.batch) <= {atom for dim in self.table[x].dims[:-2] for atom in leaves(dim)} for x in (node, weights[0])
+        )
+        return by_row and summed[node] == summed[weights[0]] == self.domain.position
+
+    def _weighed_in_einsum(self, user: fx.Node, node: fx.Node) -> bool:
+        equation, operands = user.args[0], user.args[1]
+        terms = str(equation).replace(" ", "").split("->")[0].split(",")
+        if not isinstance(operands, (list, tuple)) or len(terms) != len(operands) or operands.count(node) != 1:
+            return False
+        letters = {x: self._token_letters(x, term) for x, term in zip(operands, terms) if isinstance(x, fx.Node)}
+        weights = [x for x in letters if x is not node and self.pad_values.value(x) == 0]
+        return letters[node] is not None and any(letters[x] == letters[node] for x in weights)
+
+    def _token_letters(self, x: fx.Node, term: str) -> list[str] | None:
+        """The letters of an einsum term that stand for batch and position."""
+        dims = [leaves(dim) for dim in self.table[x].dims]
+        if len(dims) != len(term):
+            return None
+        wanted = [self.domain.batch, self.domain.position] if self.domain.batch else [self.domain.position]
+        found = [letter for tokens in wanted for letter, dim in zip(term, dims) if dim == tokens]
+        return found if len(found) == len(wanted) else None
 
     def _short_slice(self, user: fx.Node, node: fx.Node) -> Demand | None:
         """``x[:, :1]`` and the like: at most four positions from either end."""
