@@ -57,22 +57,24 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
     if config.causal:
         mask = mask & torch.ones(config.length, config.length, dtype=torch.bool, device=device).tril()
     shape = (config.batch, config.length, config.heads, config.head_dim)
-    padded = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # One projection of the same tokens, as in self-attention: (B, S, 3, H, D).
+    padded = torch.randn((*shape[:2], 3, *shape[2:]), device=device, dtype=dtype, requires_grad=True)
     tokens = int(lengths.sum())
     packed = [torch.randn((tokens, *shape[2:]), device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     cu_seqlens = torch.zeros(config.batch + 1, dtype=torch.int32, device=device)
     cu_seqlens[1:] = lengths.cumsum(0)
     window = (-1, 0) if config.causal else (-1, -1)
 
-    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    def attend(qkv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
-    def from_padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def from_padding(qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         position = torch.arange(config.length, device=device)
         valid = (position[None] < lengths[:, None])[:, None, None, :]
         if config.causal:
             valid = valid & (position[None] <= position[:, None])
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=valid).transpose(1, 2)
+        return attend(qkv, valid)
 
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return varlen_inductor.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window)
@@ -81,9 +83,9 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
 
     compiled = torch.compile(from_padding, backend=backend, options={"varlen.packing": "attention"}, fullgraph=True)
     found: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
-        "padded SDPA": (lambda: sdpa(*padded), padded),
+        "padded SDPA": (lambda: attend(padded, mask), [padded]),
         "ours on packed tokens": (lambda: ours(*packed), packed),
-        "padded SDPA under our flag": (lambda: compiled(*padded, lengths), padded),
+        "padded SDPA under our flag": (lambda: compiled(padded, lengths), [padded]),
     }
     if device == "cuda":
         from torch.nn.attention.varlen import varlen_attn

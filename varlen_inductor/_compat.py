@@ -59,6 +59,17 @@ def control_flow_exceptions() -> tuple[type[BaseException], ...]:
     return (exc.RestartAnalysis, exc.SkipFrame, exc.TensorifyScalarRestartAnalysis)
 
 
+def compile_failures() -> tuple[type[BaseException], ...]:
+    """What a call of a compiled function raises when compiling it fails. (What it raises when it runs is of other classes.)
+
+    Everything of Dynamo's is a ``TorchDynamoException``; errors of Inductor and AOTAutograd come as its subclass
+    ``BackendCompilerFailed``. Read in 2.11, 2.13.
+    """
+    from torch._dynamo import exc
+
+    return (exc.BackendCompilerFailed, exc.Unsupported, exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.UserError)
+
+
 def lookup_backend(name: str) -> CompilerFn:
     """The Dynamo backend of that name. Read in 2.11, 2.13."""
     from torch._dynamo.backends.registry import lookup_backend as lookup

@@ -8,13 +8,14 @@ runs, exactly as the user wrote it.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from varlen_inductor import _compat, config
+from varlen_inductor import _compat, config, report
 from varlen_inductor.ops import packing
 
 if TYPE_CHECKING:
@@ -51,18 +52,30 @@ class PackedProgram:
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
+        self.strict = config.strict
+        self.broken = False
         self.body = inner.nested(_as_function(body), dynamic=dynamic)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
-        with torch.no_grad():
-            inputs = self._plan(args)
+        inputs = None
+        if not self.broken:
+            with torch.no_grad():
+                inputs = self._plan(args)
         _compat.counters()["padded_steps" if inputs is None else "packed_steps"] += 1
         if inputs is None:
             return self.padded(*args)
         for index in inputs[::3]:
             torch._dynamo.maybe_mark_dynamic(index, 0)
-        return self.body(*args, *inputs)
+        try:
+            return self.body(*args, *inputs)
+        except _compat.compile_failures():
+            # The body compiles when it is first called, long after the driver's own net. Nothing of it has run.
+            if self.strict:
+                raise
+            self.broken = True
+            report.publish(report.Report(error=traceback.format_exc()))
+            return self.padded(*args)
 
     def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
         """The inputs that the body has besides those of the graph, or None when the padded graph should run."""
