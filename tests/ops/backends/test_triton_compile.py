@@ -1,0 +1,95 @@
+"""The Triton kernels compile for devices that this machine need not have, and fit their shared memory.
+
+The interpreter forgives much that the compiler does not, and a tile that is too large fails only when it is launched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from varlen_inductor.ops.backends import rows, triton_backward, triton_forward, triton_kernel
+
+SHARED_MEMORY = {90: 227 * 1024, 86: 99 * 1024}
+KERNELS = {
+    "forward": triton_forward.forward_kernel,
+    "query_gradient": triton_backward.query_kernel,
+    "key_gradient": triton_backward.key_kernel,
+}
+TYPES = {
+    **dict.fromkeys(("lse", "delta"), "*fp32"),
+    **dict.fromkeys(("cu_q", "cu_k", "used_k", "end", "end_q", "end_k"), "*i32"),
+    **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
+    **dict.fromkeys(("scale", "scale_out", "keep"), "fp32"),
+    "threshold": "i64",
+}
+
+
+def compiled(kernel: Any, constants: dict[str, Any], element: str, capability: int, **options: Any) -> Any:
+    """``kernel`` for a device of this capability. Tensors are aligned and contiguous in their last dim."""
+    signature, values, hints = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants or name in ("stride_qd", "stride_kd", "stride_vd", "stride_gd"):
+            signature[name], values[(place,)] = "constexpr", constants.get(name, 1)
+            continue
+        stride = name.startswith("stride")
+        tensor = name in ("query", "key", "value", "out") or name.startswith("grad")
+        signature[name] = f"*{element}" if tensor else TYPES.get(name, "i32")
+        if tensor or stride:
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+CASES = [
+    (torch.bfloat16, 64, 90, {"RIGHT": True}, ("used_k", "position_q", "position_k", "rng_state")),
+    (torch.bfloat16, 128, 90, {}, ("used_k", "position_q", "position_k", "rng_state")),
+    (torch.float32, 64, 90, {"LEFT": True, "RIGHT": True}, ("used_k", "rng_state")),
+    (torch.float16, 128, 86, {"RIGHT": True}, ("position_q", "position_k")),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "flags", "absent"), CASES, ids=lambda x: str(x) if isinstance(x, int) else ""
+)
+def test_attention(
+    kernel: str, dtype: torch.dtype, dim: int, capability: int, flags: dict[str, bool], absent: tuple[str, ...]
+) -> None:
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    table = triton_kernel.HOPPER if capability == 90 else triton_kernel.OTHER
+    blocks = getattr(table[dtype.itemsize, dim], kernel)
+    constants = {
+        "GROUPS": 2,
+        "DIM": dim,
+        "DIM_V": dim,
+        "BLOCK_D": dim,
+        "BLOCK_DV": dim,
+        "PRECISION": "tf32x3",
+        "BLOCK_M": blocks.queries,
+        "BLOCK_N": blocks.keys,
+        "LEFT": False,
+        "RIGHT": False,
+        **flags,
+        **dict.fromkeys(absent),
+    }
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    result = compiled(KERNELS[kernel], constants, element, capability, **options)
+    assert result.metadata.shared <= SHARED_MEMORY[capability]
+
+
+def test_what_is_around_them() -> None:
+    constants = {"DIM_V": 64, "BLOCK_DV": 64, "BLOCK_M": 64, "stride_od": 1}
+    compiled(triton_backward.delta_kernel, {**constants, "grad_lse": None}, "bf16", 90)
+    compiled(rows._finish_forward, {"BLOCK": rows.BLOCK}, "bf16", 90)
+    compiled(rows._finish_backward, {"BLOCK": rows.BLOCK}, "bf16", 90)
