@@ -11,11 +11,13 @@ Because atoms follow structure and not size, ``S == H`` or ``B == S`` is no sour
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Size = sympy.Expr
+# A sympy expression; sympy has no type annotations.
+Size: TypeAlias = Any
 
 
 class DimConflict(Exception):

@@ -27,6 +27,7 @@ from varlen_inductor.patterns.builder import Builder, Plan
 from varlen_inductor.patterns.domain import Domain
 from varlen_inductor.patterns.emit_attention import AttentionEmitter, SiteRefused
 from varlen_inductor.patterns.functionalise import functionalise, written_storages
+from varlen_inductor.patterns.losses import complete_losses
 from varlen_inductor.patterns.masks import NotProven, prove
 from varlen_inductor.patterns.normalise import NotNormalisable, normalise, replace_body
 from varlen_inductor.patterns.site import attention_of, insert_site, remove_site
@@ -169,6 +170,8 @@ def _find_sites(gm: fx.GraphModule, made: report.Report) -> Sites:
         if proof.assumption is not None and proof.assumption not in made.notes:
             made.notes.append(proof.assumption)
         sites.lines[insert_site(normal.graph, candidate, proof)] = line
+    if sites.lines:
+        complete_losses(normal.graph, opaque)
     return sites
 
 
@@ -239,8 +242,8 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
         plan = facts.plan_graph(sites.gm, domains, relied_on, sites.boundaries)
         for region in choice.regions:
             name = f"tokens_{region.domain.index}"
-            inputs = (build.add_input(f"{name}_{part}") for part in ("index", "inverse", "cu_seqlens"))
-            build.views[region.domain].plan = Plan(*inputs, dead_sequence=True)
+            index, inverse, cu_seqlens = (build.add_input(f"{name}_{part}") for part in ("index", "inverse", "cu_seqlens"))
+            build.views[region.domain].plan = Plan(index, inverse, cu_seqlens, dead_sequence=True)
     else:
         _plans_in_graph(build, sites.gm.graph, domains, _stays_in_place(choice))
     body = build.build()
