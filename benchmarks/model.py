@@ -144,7 +144,9 @@ def programs(config: Config, model: nn.Module, device: str, mode: str) -> dict[s
     return found
 
 
-def steps(config: Config, model: nn.Module, program: Callable[..., Any], batch: dict[str, Tensor], mask: Tensor, mode: str) -> dict[str, Any]:
+def steps(
+    config: Config, model: nn.Module, program: Callable[..., Any], batch: dict[str, Tensor], mask: Tensor, mode: str
+) -> dict[str, Any]:
     """The two things that are timed."""
     weight = mask[..., None]
 
@@ -205,7 +207,15 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
         base = times["plain torch.compile"]
         times["limit (padded x density)"] = base * density
         for name, ms in times.items():
-            row = {"config": config.name, "phase": phase, "mode": mode, "density": round(density, 3), "variant": name, "wall_ms": ms, "speedup": base / ms}
+            row = {
+                "config": config.name,
+                "phase": phase,
+                "mode": mode,
+                "density": round(density, 3),
+                "variant": name,
+                "wall_ms": ms,
+                "speedup": base / ms,
+            }
             if name in todo:
                 row |= {"first_call_s": first[name], "gpu_busy_ms": gpu_busy_ms(todo[name]), "peak_mib": memory_of(todo[name])}
             rows.append(row)
@@ -217,7 +227,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         busy, peak, first = r.get("gpu_busy_ms"), r.get("peak_mib"), r.get("first_call_s")
         cells = [f"{v:8.{d}f}" if v is not None else " " * 8 for v, d in ((busy, 2), (peak, 0), (first, 1))]
-        print(f"{r['config']:14} {r['phase']:17} {r['mode']:16} {r['variant']:26} {r['wall_ms']:9.2f} {r['speedup']:6.2f} {' '.join(cells)}")
+        head = f"{r['config']:14} {r['phase']:17} {r['mode']:16} {r['variant']:26}"
+        print(f"{head} {r['wall_ms']:9.2f} {r['speedup']:6.2f} {' '.join(cells)}")
 
 
 def main() -> None:
