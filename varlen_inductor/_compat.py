@@ -63,11 +63,13 @@ def compile_failures() -> tuple[type[BaseException], ...]:
     """What a call of a compiled function raises when compiling it fails. (What it raises when it runs is of other classes.)
 
     Everything of Dynamo's is a ``TorchDynamoException``; errors of Inductor and AOTAutograd come as its subclass
-    ``BackendCompilerFailed``. Read in 2.11, 2.13.
+    ``BackendCompilerFailed``, ``FailOnRecompileLimitHit`` (compiled too often already) does not.
+    Not among them is ``RecompileError``: it is for the user who set ``error_on_recompile``. Read in 2.11, 2.13.
     """
     from torch._dynamo import exc
 
-    return (exc.BackendCompilerFailed, exc.Unsupported, exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.UserError)
+    failures = (exc.BackendCompilerFailed, exc.Unsupported, exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.UserError)
+    return (*failures, exc.FailOnRecompileLimitHit)
 
 
 def lookup_backend(name: str) -> CompilerFn:

@@ -62,20 +62,25 @@ class PackedProgram:
         if not self.broken:
             with torch.no_grad():
                 inputs = self._plan(args)
-        _compat.counters()["padded_steps" if inputs is None else "packed_steps"] += 1
         if inputs is None:
-            return self.padded(*args)
+            return self._padded_step(args)
         for index in inputs[::3]:
             torch._dynamo.maybe_mark_dynamic(index, 0)
         try:
-            return self.body(*args, *inputs)
+            result = self.body(*args, *inputs)
+            _compat.counters()["packed_steps"] += 1
+            return result
         except _compat.compile_failures():
             # The body compiles when it is first called, long after the driver's own net. Nothing of it has run.
             if self.strict:
                 raise
             self.broken = True
             report.publish(report.Report(error=traceback.format_exc()))
-            return self.padded(*args)
+            return self._padded_step(args)
+
+    def _padded_step(self, args: Sequence[Any]) -> Any:
+        _compat.counters()["padded_steps"] += 1
+        return self.padded(*args)
 
     def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
         """The inputs that the body has besides those of the graph, or None when the padded graph should run."""

@@ -1,4 +1,4 @@
-"""What the tests of packed models share: batches with padding, an inner compiler that looks at its graphs, a comparison with eager."""
+"""What the tests of packed models share: batches, an inner compiler that looks at its graphs, a comparison with eager."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 from varlen_inductor import config, report
 
@@ -47,23 +48,59 @@ def with_labels(batch: dict[str, Tensor], classes: int = VOCABULARY) -> dict[str
     return {**batch, "labels": torch.where(batch["attention_mask"] == 1, labels, -100)}
 
 
+# --- models ------------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block under a boolean padding mask (B, S)."""
+
+    def __init__(self, width: int = 32, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.attend, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """``x``: (B, S, E); ``valid``: bool (B, S). Returns (B, S, E)."""
+        query, key, value = self.attend(self.first(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :], dropout_p=dropout)
+        x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return x + F.dropout(self.down(F.silu(self.up(self.second(x)))), self.dropout, self.training)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks: hidden states (B, S, E) to hidden states."""
+
+    def __init__(self, width: int = 32, layers: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return x
+
+
+def feature_batch(lengths: Sequence[int], size: int = S, width: int = 32) -> dict[str, Tensor]:
+    """What `Blocks` takes: ``x`` (B, S, E) and ``attention_mask``, bool (B, S)."""
+    return {"x": torch.randn(len(lengths), size, width), "attention_mask": valid_rows(lengths, size)}
+
+
 # --- what the inner compiler was given ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Seen:
-    """What one graph that was compiled holds: its linears by the rows they run on, and how many packs and unpacks."""
+    """What one graph that was compiled holds: its linears by the rows they run on, and its unpacks."""
 
+    is_body: bool = False
+    """Whether it is a packed graph, and not a padded one or one that was rewritten in place."""
     packed: int = 0
     padded: int = 0
     other: int = 0
-    packs: int = 0
     unpacks: int = 0
-
-    @property
-    def is_body(self) -> bool:
-        """Whether it is the packed graph, and not the padded one."""
-        return self.packs > 0
 
 
 _seen: list[Seen] = []
@@ -73,9 +110,11 @@ def look_at(gm: fx.GraphModule) -> Seen:
     """Count the linears of a graph whose nodes carry ``example_value``, as Dynamo's do."""
     ops = torch.ops.varlen_inductor
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    packs = [node for node in nodes if node.target is ops.pack.default]
-    tokens = {_size(node.args[1].meta["example_value"], 0) for node in packs}
-    seen = Seen(packs=len(packs), unpacks=sum(node.target is ops.unpack.default for node in nodes))
+    indices = {node.args[1] for node in nodes if node.target is ops.pack.default}
+    if not all(node.op == "placeholder" for node in indices):
+        return Seen()
+    tokens = {_size(node.meta["example_value"], 0) for node in indices}
+    seen = Seen(bool(indices), unpacks=sum(node.target is ops.unpack.default for node in nodes))
     for node in nodes:
         if node.target not in _LINEAR and "linear" not in getattr(node.target, "__name__", ""):
             continue
@@ -206,7 +245,14 @@ def compare_with_eager(
 
 
 def _compare_one(
-    compiled: Any, ours: nn.Module, eager: Any, model: nn.Module, batch: Batch, train: bool, masks: Mapping[str, str], tolerance: float
+    compiled: Any,
+    ours: nn.Module,
+    eager: Any,
+    model: nn.Module,
+    batch: Batch,
+    train: bool,
+    masks: Mapping[str, str],
+    tolerance: float,
 ) -> dict[str, Tensor]:
     with torch.set_grad_enabled(train):
         found, expected = outputs_of(compiled(**batch)), outputs_of(eager(**batch))
@@ -252,6 +298,6 @@ def assert_gradients_close(ours: nn.Module, eager: nn.Module, tolerance: float =
             continue
         assert mine.grad is not None, name
         scale = max(1e-2, theirs.grad.abs().max().item())
-        torch.testing.assert_close(
-            mine.grad, theirs.grad, rtol=tolerance, atol=tolerance * scale, msg=lambda text, name=name: f"gradient of {name}: {text}"
-        )
+        options = {"rtol": tolerance, "atol": tolerance * scale}
+        said = f"gradient of {name}"
+        torch.testing.assert_close(mine.grad, theirs.grad, **options, msg=lambda text, said=said: f"{said}: {text}")

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed_models import LENGTHS, VOCABULARY, B, Blocks, S, compare_with_eager, feature_batch, token_batch, with_labels
 from torch import Tensor, nn
-
-from packed_models import LENGTHS, VOCABULARY, B, S, compare_with_eager, token_batch, valid_rows, with_labels
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,7 +93,8 @@ def test_bert_masked_language_model(train: bool) -> None:
 @BOTH
 def test_bert_sequence_classification(attention: str) -> None:
     batches = [{**batch, "labels": torch.tensor([0, 1, 1])} for batch in token_batches()]
-    outcome = compare_with_eager(bert("BertForSequenceClassification", attention, problem_type="single_label_classification"), batches)
+    model = bert("BertForSequenceClassification", attention, problem_type="single_label_classification")
+    outcome = compare_with_eager(model, batches)
     assert (outcome.body.packed, outcome.body.padded, outcome.body.other) == (6 * LAYERS, 0, 2)
 
 
@@ -230,8 +230,8 @@ class Encoder(nn.Module):
         return self.stack(x, src_key_padding_mask=padding)
 
 
-def feature_batches() -> list[dict[str, Tensor]]:
-    return [{"x": torch.randn(B, S, 32), "attention_mask": valid_rows(lengths)} for lengths in LENGTHS]
+def feature_batches(width: int = 32) -> list[dict[str, Tensor]]:
+    return [feature_batch(lengths, width=width) for lengths in LENGTHS]
 
 
 @TRAIN
@@ -249,37 +249,20 @@ class Speech(nn.Module):
         super().__init__()
         self.front = nn.Conv1d(8, 32, 3, padding=1)
         self.position = nn.Parameter(torch.randn(S, 32))
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = Blocks(layers=LAYERS)
         self.norm = nn.LayerNorm(32)
         self.classify = nn.Linear(32, 5)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         x = nn.functional.gelu(self.front(x.transpose(1, 2)).transpose(1, 2)) + self.position
-        for block in self.blocks:
-            x = block(x, attention_mask)
-        x = self.norm(x)
+        x = self.norm(self.blocks(x, attention_mask))
         weight = attention_mask.to(x.dtype).unsqueeze(-1)
         return x, self.classify((x * weight).sum(1) / weight.sum(1))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-        self.first, self.second = nn.LayerNorm(32), nn.LayerNorm(32)
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        query, key, value = self.attend(self.first(x)).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(nn.functional.silu(self.up(self.second(x))))
-
-
 @TRAIN
 def test_convolution_in_front(train: bool) -> None:
-    batches = [{"x": torch.randn(B, S, 8), "attention_mask": valid_rows(lengths)} for lengths in LENGTHS]
-    outcome = compare_with_eager(Speech(), batches, train=train)
+    outcome = compare_with_eager(Speech(), feature_batches(8), train=train)
     assert (outcome.body.packed, outcome.body.padded, outcome.body.other) == (4 * LAYERS, 0, 1)
 
 
@@ -292,8 +275,6 @@ _ANY_SIZE: dict[str, Callable[[], nn.Module]] = {"bert": bert, "llama": llama, "
 def test_with_symbolic_sizes(name: str) -> None:
     batches: list[dict[str, Tensor]] = []
     for lengths, size in (([9, 4, 7], 12), ([3, 16], 20), ([31, 5, 8, 2], 40)):
-        valid = valid_rows(lengths, size)
-        tokens = {"x": torch.randn(*valid.shape, 32), "attention_mask": valid}
-        batches.append(tokens if name == "encoder" else token_batch(lengths, size=size))
+        batches.append(feature_batch(lengths, size) if name == "encoder" else token_batch(lengths, size=size))
     outcome = compare_with_eager(_ANY_SIZE[name](), batches, dynamic=True)
     assert outcome.body.padded == 0

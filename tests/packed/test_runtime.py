@@ -1,0 +1,365 @@
+"""Plan and body at run time: which of the two graphs runs, how often anything is compiled, and that nothing runs eagerly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from packed_models import (
+    LENGTHS,
+    B,
+    Blocks,
+    S,
+    assert_gradients_close,
+    assert_rows_close,
+    compare_with_eager,
+    compile_,
+    feature_batch,
+    graphs_compiled,
+    packing,
+    steps,
+)
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from helpers import run_python
+from varlen_inductor import backend, config
+
+Batches = Sequence[dict[str, Tensor]]
+TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+NO_RECOMPILES = {"error_on_recompile": True}
+
+
+def random_lengths(batches: int, rows: int = B, size: int = S) -> list[list[int]]:
+    return [[int(n) for n in torch.randint(1, size, (rows,))] for _ in range(batches)]
+
+
+def dynamo_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Pair:
+    """A model twice: under the backend, and eagerly. A call runs both and compares."""
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        self.model = model
+        self.ours = copy.deepcopy(model)
+        self.compiled = compile_(self.ours, **kwargs)
+
+    def __call__(self, batch: dict[str, Tensor], tolerance: float = 2e-5) -> Tensor:
+        found, expected = self.compiled(**batch), self.model(**batch)
+        valid = batch["attention_mask"]
+        assert_rows_close(found, expected, valid, tolerance)
+        if torch.is_grad_enabled():
+            cotangent = torch.randn_like(expected) * valid.unsqueeze(-1)
+            for model, result in ((self.ours, found), (self.model, expected)):
+                model.zero_grad()
+                result.backward(cotangent)
+            assert_gradients_close(self.ours, self.model, tolerance)
+        return found
+
+    def train(self, mode: bool) -> None:
+        self.ours.train(mode)
+        self.model.train(mode)
+
+
+# --- compiled once -----------------------------------------------------------------------------------------------------------
+
+
+@TRAIN
+def test_thirty_batches_compile_once(train: bool) -> None:
+    pair = Pair(Blocks())
+    with packing(), torch._dynamo.config.patch(NO_RECOMPILES), torch.set_grad_enabled(train):
+        for lengths in random_lengths(29):
+            pair(feature_batch(lengths))
+        pair(feature_batch([S, S, S]))
+    assert steps() == (29, 1)
+    assert dynamo_graphs() == 3  # the model's, its body, its padded form
+    assert graphs_compiled() == 2
+
+
+def test_two_grad_modes_are_two_graphs_each() -> None:
+    pair = Pair(Blocks())
+    with packing():
+        for train in (True, False, True, False):
+            pair.train(train)
+            for lengths in random_lengths(3):
+                with torch.set_grad_enabled(train):
+                    pair(feature_batch(lengths))
+    assert steps() == (12, 0)
+    assert graphs_compiled() == 2
+
+
+def test_more_graphs_than_one_code_object_may_have() -> None:
+    """Dynamo gives up on a code object after eight compiles and goes on eagerly; no two bodies may share one."""
+    with packing():
+        for width in range(4, 44, 4):
+            model = Blocks(width, layers=1, heads=2).eval()
+
+            def call(x: Tensor, attention_mask: Tensor, model: nn.Module = model) -> Tensor:
+                return model(x, attention_mask)
+
+            compiled, batch = compile_(backend.with_own_code(call), fullgraph=True), feature_batch(LENGTHS[0], width=width)
+            with torch.no_grad():
+                assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
+    assert graphs_compiled() == 10
+    assert steps() == (10, 0)
+
+
+@TRAIN
+def test_first_batch_all_valid(train: bool) -> None:
+    pair = Pair(Blocks())
+    with packing(), torch._dynamo.config.patch(NO_RECOMPILES), torch.set_grad_enabled(train):
+        for lengths in ([S] * B, *LENGTHS, [S] * B):
+            pair(feature_batch(lengths))
+    assert steps() == (2, 2)
+    assert graphs_compiled() == 2
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
+def test_as_many_tokens_as_another_size(train: bool, first: bool) -> None:
+    """24 positions, 32 features, 8 in a head, 4 heads, 64 hidden features: none of them is the number of tokens."""
+    pair = Pair(Blocks())
+    counts = [24, 32, 8, 4, 64, 16]
+    batches = [feature_batch([n - 2, 1]) if n <= 24 else feature_batch([23, 20, max(1, n - 44)][:3]) for n in counts]
+    if not first:
+        batches.insert(0, feature_batch([11, 2]))
+    batches = [pad_batch(batch) for batch in batches]
+    with packing(), torch._dynamo.config.patch(NO_RECOMPILES), torch.set_grad_enabled(train):
+        for batch in batches:
+            pair(batch)
+    assert steps()[1] == 0
+    assert graphs_compiled() == 1
+
+
+def pad_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """To B rows; the new ones have one token each."""
+    missing = B - batch["x"].shape[0]
+    return {
+        "x": torch.cat([batch["x"], torch.randn(missing, *batch["x"].shape[1:])]),
+        "attention_mask": torch.cat([batch["attention_mask"], (torch.arange(S) == 0).expand(missing, S)]),
+    }
+
+
+@TRAIN
+def test_symbolic_sizes_that_coincide(train: bool) -> None:
+    """Where batch and length are symbols too, equal sizes at the first call would become one symbol."""
+    pair = Pair(Blocks(), dynamic=True)
+    shapes = [([3, 2, 2, 1, 1, 1, 1, 1], 12), ([7, 3], 16), ([5, 4, 9], 9), ([16, 1, 1, 1], 16), ([2] * 12, 24)]
+    with packing(), torch.set_grad_enabled(train):
+        for lengths, size in shapes:
+            pair(feature_batch(lengths, size))
+        compiled = graphs_compiled()
+        for lengths, size in (([30, 2, 5], 31), ([1, 9], 48), ([3] * 9, 10)):
+            pair(feature_batch(lengths, size))
+        assert graphs_compiled() == compiled <= 2
+
+
+def test_more_than_4096_tokens_in_training() -> None:
+    """Inductor chooses other kernels for reductions beyond 4096 rows and guards on it."""
+    pair = Pair(Blocks(16, layers=1, heads=2))
+    with packing("inductor"):
+        for lengths in ([30, 500, 7, 1], [1200, 1500, 1400, 1300], [1400, 10, 900, 1500]):
+            pair(feature_batch(lengths, 1536, 16), 2e-4)
+    assert steps() == (3, 0)
+    assert 1 <= graphs_compiled() <= 2
+
+
+# --- grad modes --------------------------------------------------------------------------------------------------------------
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "enable_grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("first", list(MODES))
+def test_grad_modes_in_turn(first: str) -> None:
+    pair = Pair(Blocks())
+    with packing():
+        for _ in range(2):
+            for mode in (first, *MODES):
+                with MODES[mode]():
+                    for lengths in LENGTHS:
+                        pair(feature_batch(lengths))
+    assert steps() == (16, 0)
+    assert graphs_compiled() <= 3
+
+
+def test_train_and_eval_in_turn() -> None:
+    """With dropout: what evaluation gives must be deterministic, whatever was compiled before."""
+    pair = Pair(Blocks(dropout=0.5))
+    with packing():
+        for training in (True, False, True, False):
+            pair.train(training)
+            if training:
+                batch = feature_batch(LENGTHS[0])
+                one, other = pair.compiled(**batch), pair.compiled(**batch)
+                assert not torch.equal(one, other)
+            else:
+                pair(feature_batch(LENGTHS[1]))
+    assert steps() == (6, 0)
+
+
+# --- the padded graph runs -----------------------------------------------------------------------------------------------------
+
+
+@TRAIN
+def test_dense_batches_run_padded(train: bool) -> None:
+    batches = [feature_batch([S, S, n]) for n in (S, S - 2, 2)]
+    outcome = compare_with_eager(Blocks(), batches, train=train, packed_steps=1)
+    assert [seen.is_body for seen in outcome.seen] == [False, True]
+
+
+def test_density_is_a_knob() -> None:
+    batches = [feature_batch(lengths) for lengths in ([12, 12, 11], [12, 12, 13])]
+    compiled = compile_(
+        Blocks(), options={"varlen.max_density": 0.5, "varlen.inner_backend": "aot_eager", "varlen.round_tokens": 4}
+    )
+    with torch.no_grad():
+        for batch in batches:
+            compiled(**batch)
+    assert steps() == (1, 1)
+    assert graphs_compiled() == 2
+
+
+@TRAIN
+def test_nothing_valid_runs_padded(train: bool) -> None:
+    batches = [feature_batch([0, 0, 0]), *map(feature_batch, LENGTHS)]
+    compare_with_eager(Blocks(), batches, train=train, packed_steps=2)
+
+
+def test_some_sequences_empty() -> None:
+    batches = [feature_batch([0, 5, 0]), feature_batch([1, 0, 9])]
+    compare_with_eager(Blocks(), batches, train=True)
+
+
+class First(nn.Module):
+    """Reads the first position of each sequence, which is right only if it is valid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = Blocks(), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.blocks(x, attention_mask)[:, 0])
+
+
+@TRAIN
+def test_false_fact_runs_padded(train: bool) -> None:
+    batches = [feature_batch(lengths) for lengths in LENGTHS * 2]
+    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(1)
+    batches[2]["attention_mask"][0, 0] = False
+    outcome = compare_with_eager(First(), batches, train=train, packed_steps=2)
+    assert "position 0 of every sequence is valid" in outcome.reasons
+
+
+# --- eager, where the user asks for it, and only there ---------------------------------------------------------------------------
+
+
+def test_force_eager() -> None:
+    pair = Pair(Blocks())
+    with packing():
+        with torch.compiler.set_stance("force_eager"):
+            pair(feature_batch(LENGTHS[0]))
+        assert graphs_compiled() == 0 and steps() == (0, 0)
+        pair(feature_batch(LENGTHS[0]))
+        with torch.compiler.set_stance("force_eager"):
+            pair(feature_batch(LENGTHS[1]))
+        assert graphs_compiled() == 1 and steps() == (1, 0)
+
+
+def test_fail_on_recompile_after_a_warm_up() -> None:
+    pair = Pair(Blocks())
+    with packing():
+        pair(feature_batch(LENGTHS[0]))
+        pair(feature_batch([S] * B))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for lengths in random_lengths(4):
+                pair(feature_batch(lengths))
+            with pytest.raises(RuntimeError, match="recompile"):
+                pair(feature_batch([3, 2], 7))
+    assert steps() == (5, 1)
+
+
+def test_dynamo_disabled() -> None:
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        said = run_python(
+            """
+            import sys; sys.path.append("tests")
+            import torch
+            from helpers import MaskedAttention, padded_batch
+            from varlen_inductor.backend import register_by_name
+
+            register_by_name()
+            model, batch = MaskedAttention(), padded_batch()
+            assert torch.equal(torch.compile(model, backend="varlen_inductor")(*batch), model(*batch))
+            print(dict(torch._dynamo.utils.counters["varlen_inductor"]))
+            """,
+            **{variable: "1"},
+        )
+        assert said == "{}"
+
+
+class Unfriendly(nn.Module):
+    """Dynamo cannot capture the whole of it; what it does capture holds no whole attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = Blocks(layers=1), Blocks(layers=1)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.before(x, attention_mask)
+        torch._dynamo.graph_break()
+        return self.after(x, attention_mask)
+
+
+def test_graph_breaks() -> None:
+    """Each part is a graph of its own; what the first hands on is exact, for nobody knows who reads it."""
+    outcome = compare_with_eager(Unfriendly(), [feature_batch(lengths) for lengths in LENGTHS], packed_steps=2)
+    assert [one.form for report in outcome.reports for one in report.rewritten] == ["exact", "packed"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_body_that_does_not_compile(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A packed graph that the inner compiler cannot digest: the padded one runs, and the log says so."""
+    calls = []
+
+    def picky(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        calls.append(gm)
+        if gm.graph.find_nodes(op="call_function", target=torch.ops.varlen_inductor.pack.default):
+            raise RuntimeError("cannot digest this")
+        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+    torch._dynamo.register_backend(picky, name=f"varlen_picky_{strict}")  # type: ignore[arg-type]
+    model = Blocks()
+    with config.patch(inner_backend=f"varlen_picky_{strict}", strict=strict, round_tokens=4):
+        compiled = compile_(model)
+        with pytest.raises(Exception, match="cannot digest this") if strict else nullcontext():
+            for lengths in LENGTHS * 2:
+                batch = feature_batch(lengths)
+                assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
+    if not strict:
+        assert len(calls) == 2
+        assert steps() == (0, 4)
+        assert graphs_compiled() == 1
+        assert "cannot digest this" in caplog.text
+
+
+# --- Inductor's modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes(mode: str) -> None:
+    pair = Pair(Blocks(layers=1), mode=mode)
+    with packing("inductor"):
+        for lengths in LENGTHS:
+            pair(feature_batch(lengths))
+    assert steps() == (2, 0)
+    assert graphs_compiled() == 1
