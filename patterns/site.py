@@ -48,11 +48,24 @@ def insert_site(graph: fx.Graph, candidate: Candidate, proof: MaskProof) -> fx.N
     """Put a canonical attention in the place of a candidate's output."""
     original = candidate.output
     with graph.inserting_before(original.next):
-        site = graph.call_function(attention_site, (candidate.query, candidate.key, candidate.value))
+        operands = tuple(_cast(graph, x, candidate.compute_dtype) for x in (candidate.query, candidate.key, candidate.value))
+        site = graph.call_function(attention_site, operands)
     site.meta = dict(original.meta)
     original.replace_all_uses_with(site)
     site.meta[META_KEY] = Attention(proof, candidate.scale, candidate.dropout_p, candidate.layout.sizes["b"], original)
     return site
+
+
+def _cast(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``x`` in the dtype that the attention computes in: autocast may lower it inside of a matmul, unseen in the graph."""
+    fake = x.meta["val"]
+    if fake.dtype == dtype:
+        return x
+    cast = graph.call_function(torch.ops.aten.to.dtype, (x, dtype))
+    cast.meta = {k: v for k, v in x.meta.items() if k != META_KEY}
+    with fake.fake_mode:
+        cast.meta["val"] = fake.to(dtype)
+    return cast
 
 
 def remove_site(site: fx.Node) -> None:
