@@ -73,7 +73,10 @@ class Predicate:
         return lowered.compute(self.expr, leaf=lambda n: n, size=finder)
 
     def evaluate(self, env: Mapping[fx.Node, torch.Tensor], b: int, s: int) -> torch.Tensor:
-        """The condition on real tensors: a bool tensor (b, s).  ``env`` gives the tensor behind each leaf."""
+        """The condition on real tensors: a bool tensor (b, s).
+
+        ``env`` gives the tensor behind each leaf, and behind inputs whose sizes the condition mentions.
+        """
         sizes = _sizes_of(env)
         grid = _Grid(run, b, s, next((t.device for t in env.values()), torch.device("cpu")))
         return grid.compute(self.expr, leaf=env.__getitem__, size=lambda e: int(e.subs(sizes)))

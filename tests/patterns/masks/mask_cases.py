@@ -104,7 +104,8 @@ def visible(proof: MaskProof, env: Mapping[fx.Node, Any], case: Case) -> torch.T
 
 
 def evaluate(predicate: Predicate, env: Mapping[fx.Node, Any], b: int, s: int) -> torch.Tensor:
-    value = predicate.evaluate({leaf: env[leaf] for leaf in predicate.leaves}, b, s)
+    inputs = {n: v for n, v in env.items() if n.op == "placeholder"}  # they tell the sizes
+    value = predicate.evaluate({**inputs, **{leaf: env[leaf] for leaf in predicate.leaves}}, b, s)
     assert value.shape == (b, s)
     assert value.dtype is torch.bool
     return value
