@@ -1,6 +1,6 @@
 """Plots of the JSON files in docs/benchmarks (or the folder given): bars of speed over the padded baseline.
 
-    python benchmarks/plot.py [FOLDER]
+python benchmarks/plot.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_kernels_agree_with_operators(shape: tuple[int, int], share: float) -> N
     count = int(pending.count)
     assert count == int(mask.sum())
     rows = pending.rows_for(count)
-    if 0 < count and rows <= mask.numel():
+    if count > 0 and rows <= mask.numel():
         for extra in (0, 16):
             if rows + extra <= mask.numel():
                 found = packing.PendingPlan(mask.cuda(), 16).finish(count, rows + extra)

@@ -57,7 +57,11 @@ def unpack(
     """
     valid = inverse >= 0
     rows = rows_of(packed, torch.where(valid, inverse, -1 - inverse))
-    return rows if repeat else torch.where(_column(valid, packed), rows, torch.full((), fill, dtype=packed.dtype, device=packed.device))
+    return (
+        rows
+        if repeat
+        else torch.where(_column(valid, packed), rows, torch.full((), fill, dtype=packed.dtype, device=packed.device))
+    )
 
 
 def unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor, *, rows_of: RowsOf = _rows_at) -> Tensor:

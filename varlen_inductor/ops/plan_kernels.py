@@ -4,6 +4,9 @@ The plan stands between the host and the rest of a packed step: until the host k
 else. So everything that does not need that number is launched before the host asks for it.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton 3.6 evaluates annotations, so nothing but constexpr has one.)
+
 from __future__ import annotations
 
 import torch
@@ -43,7 +46,18 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
     padded_batch = triton.next_power_of_2(batch)
     _fill[(batch,)](
-        mask, rows, index, inverse, cu_seqlens, count, length, batch, round_to, BLOCK=_BLOCK, BATCH=padded_batch, ROUND=bool(round_to)
+        mask,
+        rows,
+        index,
+        inverse,
+        cu_seqlens,
+        count,
+        length,
+        batch,
+        round_to,
+        BLOCK=_BLOCK,
+        BATCH=padded_batch,
+        ROUND=bool(round_to),
     )
     return index, inverse, cu_seqlens, count
 
@@ -51,7 +65,7 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
-    def _count_rows(mask, rows, length, batch, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _count_rows(mask, rows, length, batch, BLOCK: tl.constexpr):
         """The number of valid positions of each row, and the first of them (or the length)."""
         b = tl.program_id(0)
         total = 0
@@ -65,7 +79,20 @@ if triton is not None:
         tl.store(rows + batch + b, first)
 
     @triton.jit
-    def _fill(mask, rows, index, inverse, cu_seqlens, count, length, batch, round_to, BLOCK: tl.constexpr, BATCH: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    def _fill(
+        mask,
+        rows,
+        index,
+        inverse,
+        cu_seqlens,
+        count,
+        length,
+        batch,
+        round_to,
+        BLOCK: tl.constexpr,
+        BATCH: tl.constexpr,
+        ROUND: tl.constexpr,
+    ):
         b = tl.program_id(0)
         every = tl.arange(0, BATCH)
         lengths = tl.load(rows + every, mask=every < batch, other=0)
@@ -95,4 +122,3 @@ if triton is not None:
         for start in range(total + b * BLOCK, positions, batch * BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(index + at, tl.zeros((BLOCK,), tl.int64) + some, mask=at < positions)
-

@@ -46,7 +46,7 @@ def _order(problem: Problem, backward: bool) -> tuple[Backend, ...]:
         # It reads the keys in use where they lie; FlashAttention's backward would make sequences of the others.
         return triton_first
     measured = problem.head_dim == problem.head_dim_v and problem.head_dim in (64, 128) and problem.dtype != torch.float32
-    if not backward and problem.long and measured and problem.dropout_p == 0.0 and triton_kernel.is_hopper(problem.device):
+    if not backward and problem.long and measured and problem.dropout_p == 0.0 and triton_kernel.was_measured_on(problem.device):
         return triton_first
     return BACKENDS
 

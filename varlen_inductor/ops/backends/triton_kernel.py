@@ -86,7 +86,7 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 @cache
-def is_hopper(device: torch.device) -> bool:
+def was_measured_on(device: torch.device) -> bool:
     """Whether the device is of the generation that the choice between kernels was measured on."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
