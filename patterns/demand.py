@@ -143,16 +143,28 @@ def analyse(
     for node in graph.nodes:
         carries[node] = is_tensor(node) and layout_of(table[node].dims, domain) is not None
         analysis.aligned[node] = _aligned(node, table, domain, analysis, boundaries)
+    wanted = _wanted_values(graph, table, live)
     walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs, uncheckable or {})
     for node in reversed(graph.nodes):
         demand = NOTHING
         if node in boundaries and carries[node]:
             demand = Demand(node, "its storage is written in place")
         for user in node.users:
-            if user in live:
+            if user in wanted:
                 demand = demand | walk.through(user, node)
         analysis.demand[node] = demand
     return analysis
+
+
+def _wanted_values(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """The nodes of whose values something is made, and not only of their shapes."""
+    wanted: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        effect = node.op == "output" or node.is_impure(impure_random=False)
+        read = any(u in wanted and (u.op == "output" or node not in table[u].shape_only) for u in node.users)
+        if node in live and (effect or read):
+            wanted.add(node)
+    return frozenset(wanted)
 
 
 def _aligned(

@@ -1,0 +1,140 @@
+"""Token losses in one spelling: cross entropy over all tokens, with labels that say which count.
+
+    before                                                     after
+    %s = aten.slice.Tensor(%logits, 1, 0, -1)                  %x = aten.reshape.default(%logits, [B * S, V])
+    %x = aten.reshape.default(%s, [B * (S - 1), V])            %p = aten.constant_pad_nd.default(%labels, [0, 1], -100)
+    %l = aten.cross_entropy_loss.default(%x, %labels)          %l = aten.cross_entropy_loss.default(%x, %p)
+
+A slice of the logits moves no token, but to the packer it is a tensor of other tokens. Over all positions, the last one with a
+label that is ignored, the loss is the same number, and it can be computed on packed rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from varlen_inductor import _compat
+
+from .dims import as_size
+from .emit import emit, shape_arguments
+from .nodes import arguments, aten, calls, shape
+
+_FLATTENING = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.contiguous, aten.clone)
+_BATCHED = 3
+
+
+def complete_losses(graph: fx.Graph, written: frozenset[fx.Node]) -> None:
+    """Rewrite each cross entropy over (B, V, S), or over all but the last position, to one over (B * S, V), in place.
+
+    Args:
+        graph: normalised and functionalised.
+        written: values whose storage is written somewhere; losses that read them stay as they are.
+    """
+    for node in list(graph.nodes):
+        if not calls(node, aten.cross_entropy_loss):
+            continue
+        given = arguments(node)
+        logits, target = given["self"], given["target"]
+        if given["reduction"] == 0 or target.meta["val"].is_floating_point() or {logits, target} & written:
+            continue
+        if len(shape(logits)) == _BATCHED and len(shape(target)) == _BATCHED - 1:
+            _flatten(graph, node, logits, target)
+        _complete(graph, node, written)
+
+
+def _set_operands(node: fx.Node, logits: fx.Node, target: fx.Node) -> None:
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in ("self", "target")}
+    node.args, node.kwargs = (logits, target, *node.args[2:]), kwargs
+
+
+def _flatten(graph: fx.Graph, node: fx.Node, logits: fx.Node, target: fx.Node) -> None:
+    """(B, V, S) and (B, S) to (B * S, V) and (B * S,)."""
+    with graph.inserting_before(node):
+        given = arguments(logits) if calls(logits, aten.transpose) else {}
+        if sorted(d % _BATCHED for d in (given.get("dim0", 0), given.get("dim1", 0))) == [1, 2]:
+            rows = given["self"]
+        else:
+            rows = emit(graph, node, aten.transpose.int, logits, 1, 2)
+        flat = emit(graph, node, aten.reshape.default, rows, [-1, shape_arguments(graph, rows)[2]])
+        labels = emit(graph, node, aten.reshape.default, target, [-1])
+    _set_operands(node, flat, labels)
+    if rows is not logits and not logits.users:
+        graph.erase_node(logits)
+
+
+def _complete(graph: fx.Graph, node: fx.Node, written: frozenset[fx.Node]) -> None:
+    """Undo a slice that drops the last position of the logits."""
+    given = arguments(node)
+    chain = _chain_to_slice(given["self"], written)
+    if chain is None:
+        return
+    piece = chain[-1]
+    whole = piece.args[0]
+    assert isinstance(whole, fx.Node)
+    value = whole
+    for link in reversed(chain[:-1]):
+        if not calls(link, *_FLATTENING):
+            with graph.inserting_before(link):
+                value = _again(graph, link, value)
+    with graph.inserting_before(node):
+        batch, length, _ = shape_arguments(graph, whole)
+        shorter = shape_arguments(graph, piece)[1]
+        flat = emit(graph, node, aten.reshape.default, value, [-1, shape_arguments(graph, value)[2]])
+        labels = emit(graph, node, aten.reshape.default, given["target"], [batch, shorter])
+        labels = emit(graph, node, aten.constant_pad_nd.default, labels, [0, 1], given["ignore_index"])
+        labels = emit(graph, node, aten.reshape.default, labels, [-1])
+    _set_operands(node, flat, labels)
+    for link in chain:
+        if not link.users:
+            graph.erase_node(link)
+
+
+def _again(graph: fx.Graph, link: fx.Node, value: fx.Node) -> fx.Node:
+    """The operator of ``link`` on all positions; its dtype may be autocast's."""
+    made = emit(graph, link, link.target, value, *link.args[1:], **link.kwargs)  # type: ignore[arg-type]
+    dtype = link.meta["val"].dtype
+    if made.meta["val"].dtype != dtype:
+        made.meta["val"] = _compat.run_fake(aten.to.dtype, (made.meta["val"], dtype), {})
+    return made
+
+
+def _chain_to_slice(logits: Any, written: frozenset[fx.Node]) -> list[fx.Node] | None:
+    """The operators from ``logits`` (N, V) back to a slice of (B, S, E) that drops the last position, all used just once."""
+    chain: list[fx.Node] = []
+    node = logits
+    while isinstance(node, fx.Node) and node not in written and len(node.users) == 1:
+        chain.append(node)
+        if calls(node, aten.slice):
+            return chain if _drops_last(node) and _in_order(chain) else None
+        casts = calls(node, aten.to) and node.target is aten.to.dtype
+        if not (casts or calls(node, *_FLATTENING, aten.linear)):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _drops_last(node: fx.Node) -> bool:
+    given = arguments(node)
+    source = given["self"]
+    before, after = shape(source), shape(node)
+    if len(before) != _BATCHED or given["dim"] % _BATCHED != 1 or given["step"] != 1 or given["start"] not in (None, 0):
+        return False
+    return bool(as_size(after[1]) == as_size(before[1]) - 1)
+
+
+def _in_order(chain: list[fx.Node]) -> bool:
+    """Whether every link keeps the features last and the positions, flattened or not, before them."""
+    batch, length, _ = shape(chain[-1])
+    lead = as_size(batch) * as_size(length)
+    for link in chain:
+        sizes = [as_size(n) for n in shape(link)]
+        flat, square = len(sizes) == 2 and sizes[0] == lead, len(sizes) == _BATCHED and sizes[:2] == [as_size(batch), as_size(length)]
+        if not (flat or square):
+            return False
+        source = link.args[0]
+        if calls(link, *_FLATTENING) and sizes[-1] != as_size(shape(source)[-1]):  # type: ignore[arg-type]
+            return False
+    return True
