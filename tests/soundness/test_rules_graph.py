@@ -281,9 +281,9 @@ def test_rule_14_sizes_that_coincide(shape: tuple[int, int], form: str) -> None:
         return tuple(make(m, y) for make, _ in LAYOUTS.values())
 
     masks = [_rows(valid, layout) for _, layout in LAYOUTS.values()]
-    result = check(body, (hidden(batch, length), valid), masks, packing=form)
+    result = check(body, (hidden(batch, length), valid), masks, packing=form, knobs={"round_tokens": 1})
     if batch > 1:
-        assert_packed(result, form)
+        assert set(result.forms) == {"packed" if form == "model" else "zero rows"}, result.reasons
     elif length > 1:
         assert result.forms  # heads that are folded into a batch of one are taken for the batch, whose rows stay exact
 
