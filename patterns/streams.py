@@ -54,7 +54,8 @@ class Streams:
             for x in sources:
                 if not isinstance(x, fx.Node) or not carries[x] or x not in self._data or x in self._table[node].shape_only:
                     continue
-                if not mixes_tokens(node, x, self._table, domain):
+                # The queries are of the attention's stream even where they are its keys too.
+                if attention_of(node) is not None or not mixes_tokens(node, x, self._table, domain):
                     neighbours.setdefault(node, []).append(x)
                     neighbours.setdefault(x, []).append(node)
         stack = [x for site in domain.sites for x in site.args[1:3] if isinstance(x, fx.Node)]

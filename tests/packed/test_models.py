@@ -266,6 +266,25 @@ def test_convolution_in_front(train: bool) -> None:
     assert (outcome.body.packed, outcome.body.padded, outcome.body.other) == (4 * LAYERS, 0, 1)
 
 
+class Unprojected(nn.Module):
+    """Queries that are the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        query, value = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in (x, self.value(x)))
+        y = nn.functional.scaled_dot_product_attention(query, query, value, attn_mask=attention_mask[:, None, None, :])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@TRAIN
+def test_queries_that_are_the_keys(train: bool) -> None:
+    outcome = compare_with_eager(Unprojected(), feature_batches(), train=train)
+    assert (outcome.body.packed, outcome.body.padded) == (2, 0)
+
+
 # --- the sizes need not be known ----------------------------------------------------------------------------------------------
 
 _ANY_SIZE: dict[str, Callable[[], nn.Module]] = {"bert": bert, "llama": llama, "encoder": lambda: Encoder(norm_first=True)}
