@@ -581,7 +581,7 @@ def lower_to_call(op: Any, module: str, function: str) -> None:
         def boxed(x: Any) -> Any:
             return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
 
-        outputs = Call.create(op, *args, **kwargs)
+        outputs: Any = Call.create(op, *args, **kwargs)
         for output in outputs:
             # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.
             V.graph.unaligned_buffers.discard(output.get_name())

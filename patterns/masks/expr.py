@@ -117,6 +117,8 @@ def tensor_name(node: fx.Node) -> str:
     if re.fullmatch(r"arg\d+_\d+|primals_\d+", name):
         name = node.name
     name = re.sub(r"^[lL]_+", "", name)
+    if (positional := re.fullmatch(r"args_(\d+)_*", name)) is not None:
+        return f"args[{positional[1]}]"
     name = re.sub(r"(_modules_|_buffers_|_parameters_)", ".", name)
     name = re.sub(r"^(args_|kwargs_|self_|self\.|stack\d+_)+", "", name)
     return name.strip("_.") or node.name

@@ -16,7 +16,7 @@ class Run(NamedTuple):
     ``k_start + i * k_step`` and following, of which it uses the first ``k_len``.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not missed
     q_start: int
     q_len: int
     k_start: int
