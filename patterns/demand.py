@@ -337,7 +337,7 @@ class _Walk:
         if not self.domain.batch or leaves(dims[0]) != self.domain.batch or leaves(dims[1]) != self.domain.position:
             return None
         rows, positions = indices
-        if not isinstance(rows, fx.Node) or rows.target is not torch.ops.aten.arange.default:
+        if not isinstance(rows, fx.Node) or not isinstance(positions, fx.Node) or rows.target is not torch.ops.aten.arange.default:
             return None
         if positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point():
             return None
