@@ -77,6 +77,7 @@ def ancestors_of(*nodes: fx.Node) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
+_SIZES = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset"})
 # Operations that move tokens to other positions: what follows is no longer aligned with the mask.
 _MOVES_TOKENS = frozenset(
     "flip roll sort topk argsort gather index index_select scatter scatter_add index_put index_add slice cat concat narrow repeat "
@@ -161,7 +162,7 @@ def _wanted_values(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: froze
     wanted: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         effect = node.op == "output" or node.is_impure(impure_random=False)
-        read = any(u in wanted and (u.op == "output" or node not in table[u].shape_only) for u in node.users)
+        read = any(u in wanted and op_name(u) not in _SIZES and (u.op == "output" or node not in table[u].shape_only) for u in node.users)
         if node in live and (effect or read):
             wanted.add(node)
     return frozenset(wanted)
@@ -206,7 +207,7 @@ class _Walk:
             return NOTHING
         if user.op == "output":
             return self._output(user, node)
-        if node in self.table[user].shape_only or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+        if node in self.table[user].shape_only or op_name(user) in _SIZES:
             return NOTHING
         if attention_of(user) is not None:
             return self._attention(user, node)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from varlen_inductor import _compat
 
 from .dims import as_size
-from .emit import emit, shape_arguments
+from .emit import emit
 from .nodes import arguments, aten, calls, shape
 
 _FLATTENING = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.contiguous, aten.clone)
@@ -58,7 +59,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, logits: fx.Node, target: fx.Node) -
             rows = given["self"]
         else:
             rows = emit(graph, node, aten.transpose.int, logits, 1, 2)
-        flat = emit(graph, node, aten.reshape.default, rows, [-1, shape_arguments(graph, rows)[2]])
+        flat = emit(graph, node, aten.reshape.default, rows, [-1, _size_argument(graph, node, shape(rows)[2])])
         labels = emit(graph, node, aten.reshape.default, target, [-1])
     _set_operands(node, flat, labels)
     if rows is not logits and not logits.users:
@@ -80,10 +81,9 @@ def _complete(graph: fx.Graph, node: fx.Node, written: frozenset[fx.Node]) -> No
             with graph.inserting_before(link):
                 value = _again(graph, link, value)
     with graph.inserting_before(node):
-        batch, length, _ = shape_arguments(graph, whole)
-        shorter = shape_arguments(graph, piece)[1]
-        flat = emit(graph, node, aten.reshape.default, value, [-1, shape_arguments(graph, value)[2]])
-        labels = emit(graph, node, aten.reshape.default, given["target"], [batch, shorter])
+        batch = _size_argument(graph, node, shape(whole)[0])
+        flat = emit(graph, node, aten.reshape.default, value, [-1, _size_argument(graph, node, shape(value)[2])])
+        labels = emit(graph, node, aten.reshape.default, given["target"], [batch, -1])
         labels = emit(graph, node, aten.constant_pad_nd.default, labels, [0, 1], given["ignore_index"])
         labels = emit(graph, node, aten.reshape.default, labels, [-1])
     _set_operands(node, flat, labels)
@@ -122,19 +122,43 @@ def _drops_last(node: fx.Node) -> bool:
     before, after = shape(source), shape(node)
     if len(before) != _BATCHED or given["dim"] % _BATCHED != 1 or given["step"] != 1 or given["start"] not in (None, 0):
         return False
-    return bool(as_size(after[1]) == as_size(before[1]) - 1)
+    return _size(after[1]) == _size(before[1]) - 1
 
 
 def _in_order(chain: list[fx.Node]) -> bool:
     """Whether every link keeps the features last and the positions, flattened or not, before them."""
     batch, length, _ = shape(chain[-1])
-    lead = as_size(batch) * as_size(length)
+    rows = _size(as_size(batch) * as_size(length))
     for link in chain:
-        sizes = [as_size(n) for n in shape(link)]
-        flat, square = len(sizes) == 2 and sizes[0] == lead, len(sizes) == _BATCHED and sizes[:2] == [as_size(batch), as_size(length)]
-        if not (flat or square):
+        sizes = [_size(n) for n in shape(link)]
+        if sizes[:-1] not in ([rows], [_size(batch), _size(length)]):
             return False
         source = link.args[0]
-        if calls(link, *_FLATTENING) and sizes[-1] != as_size(shape(source)[-1]):  # type: ignore[arg-type]
+        if calls(link, *_FLATTENING) and sizes[-1] != _size(shape(source)[-1]):  # type: ignore[arg-type]
             return False
     return True
+
+
+def _size_argument(graph: fx.Graph, like: fx.Node, size: Any) -> int | fx.Node:
+    """A size as an argument: a number, or a node that holds it.
+
+    It comes from the inputs if it can, so that labels do not depend on what the model computes.
+    """
+    if _size(size).is_Integer:
+        return int(_size(size))
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in nodes:
+        if isinstance(node.meta["val"], torch.SymInt) and _size(node.meta["val"]) == _size(size):
+            return node
+    for node in (*nodes, *graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for dim, n in enumerate(value.shape):
+                if _size(n) == _size(size):
+                    return emit(graph, like, aten.sym_size.int, node, dim)
+    raise AssertionError(f"no tensor of the graph has the size {size}")
+
+
+def _size(n: Any) -> sympy.Expr:
+    """Sizes are equal if these are, whatever way they were computed."""
+    return sympy.expand(as_size(n))
