@@ -39,7 +39,7 @@ CONFIGS = {
         Config("B8 S2048", 8, 2048, 1024, 16, 8),
         Config("HF BERT-base", 32, 512, 768, 12, 12, "bert"),
     ),
-    "cpu": (Config("B8 S256", 8, 256, 384, 6, 4), Config("HF BERT", 8, 256, 384, 6, 6, "bert")),
+    "cpu": (Config("B8 S256 E768", 8, 256, 768, 12, 2), Config("HF BERT, text", 16, 128, 384, 6, 6, "bert")),
 }
 
 
@@ -103,9 +103,18 @@ class ByHand(nn.Module):
 
 
 def make(config: Config, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The model, a batch, and the mask of valid positions, whose lengths are uniform between 1 and the whole length."""
+    """The model, a batch, and the mask of valid positions.
+
+    Lengths are uniform between 1 and the whole length, or those of paragraphs of Python's own documentation in words.
+    """
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, config.length + 1, (config.batch,), generator=generator)
+    if config.name.endswith("text"):
+        from varlen_inductor.demo import paragraphs
+
+        words = torch.tensor([len(text.split()) for text in paragraphs()])
+        lengths = words[torch.randperm(len(words), generator=generator)[: config.batch]].clamp(max=config.length)
+    else:
+        lengths = torch.randint(1, config.length + 1, (config.batch,), generator=generator)
     mask = (torch.arange(config.length)[None] < lengths[:, None]).to(device)
     ids = torch.randint(5, 30000, mask.shape, device=device)
     torch.manual_seed(0)
@@ -138,6 +147,8 @@ def programs(config: Config, model: nn.Module, device: str, mode: str) -> dict[s
         "plain torch.compile": torch.compile(model, mode=chosen),
         "our flag": torch.compile(model, backend=backend, mode=chosen),
     }
+    if device == "cpu":
+        found["our flag, attention only"] = torch.compile(model, backend=backend, options={"varlen.packing": "attention"})
     if config.kind == "encoder" and device == "cuda" and mode == "default":
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
         found["packed by hand"] = torch.compile(ByHand(model), fullgraph=True)  # type: ignore[arg-type]
