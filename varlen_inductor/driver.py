@@ -268,9 +268,24 @@ def _refuse_what_needs_facts(choice: regions.Choice) -> None:
 
 
 def _stays_in_place(choice: regions.Choice) -> bool:
-    """Whether no row need be moved: each sequence comes first in its row, and all queries are packed."""
+    """Whether no row need be moved: each sequence comes first in its row, and all queries are packed.
+
+    Not in training on CUDA: measured on one H200, the forward gains by it (2.3 instead of 1.6 times the speed of padded SDPA at
+    head dim 64), but the backward of packed rows is faster by more than their copies cost.
+    """
     inside = {node for region in choice.regions for node in region.nodes}
-    return all(site in inside and domain.predicate.is_prefix for site, domain in choice.domains.items())
+    return all(
+        site in inside and domain.predicate.is_prefix and not (_on_cuda(site) and _trains(site))
+        for site, domain in choice.domains.items()
+    )
+
+
+def _on_cuda(site: fx.Node) -> bool:
+    return bool(site.meta["val"].is_cuda)
+
+
+def _trains(site: fx.Node) -> bool:
+    return torch.is_grad_enabled() and bool(site.meta.get("requires_grad", True))
 
 
 def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_place: bool) -> None:
