@@ -27,16 +27,23 @@ class MaskValues:
         self._table = table
         self._domain = domain
         self._opaque = opaque
-        self._pinned = _pinned(domain.predicate.expr)
+        self._pinned = {truth: _pinned(domain.predicate.expr, truth) for truth in (True, False)}
 
     def __call__(self, node: fx.Node) -> Number | None:
+        return self._assuming(False, node)
+
+    def at_valid(self, node: fx.Node) -> Number | None:
+        """What ``node`` holds at valid positions, None if that is not one constant."""
+        return self._assuming(True, node)
+
+    def _assuming(self, truth: bool, node: fx.Node) -> Number | None:
         if not is_tensor(node):
             return None
         element = self._element(node)
         if element is None:
             return None
         builder, expression = element
-        value = _Assume(builder, self._pinned)(expression)
+        value = _Assume(builder, self._pinned[truth])(expression)
         return value.payload if value.is_const else None
 
     def _element(self, node: fx.Node) -> tuple[Builder, Expr] | None:
@@ -76,15 +83,16 @@ class MaskValues:
         return builder.index(slot)
 
 
-def _pinned(predicate: Expr) -> dict[Expr, Number]:
-    """Expressions whose value follows from the predicate being false."""
-    pinned: dict[Expr, Number] = {predicate: False}
-    inner = predicate
-    if inner.op == "not":
-        inner = inner.args[0]
-        pinned[inner] = True
-        if inner.op in ("int_eq", "eq") and inner.args[1].is_const:
-            pinned[inner.args[0]] = inner.args[1].payload
+def _pinned(predicate: Expr, truth: bool) -> dict[Expr, Number]:
+    """Expressions whose value follows from the predicate being true, or false."""
+    pinned: dict[Expr, Number] = {predicate: truth}
+    if predicate.op == "not":
+        pinned |= _pinned(predicate.args[0], not truth)
+    elif truth and predicate.op in ("int_eq", "eq") and predicate.args[1].is_const:
+        pinned[predicate.args[0]] = predicate.args[1].payload
+    elif predicate.op == ("and" if truth else "or"):
+        for part in predicate.args:
+            pinned |= _pinned(part, truth)
     return pinned
 
 

@@ -8,8 +8,8 @@ pointwise operations by computing them on it. A known row needs nothing of its i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -19,14 +19,16 @@ from .domain import Domain, layout_of, touches
 from .masks.scores import HIDES, SURELY_HIDES
 from .oprules import POINTWISE, Args, Typing, is_tensor, op_name
 
-Number = int | float | bool
-MaskValue = Callable[[fx.Node], "Number | None"]
+if TYPE_CHECKING:
+    from .maskvalue import MaskValues
 
+Number = int | float | bool
 # Row-wise and value-preserving: the constant passes through unchanged.
 _CARRIES = frozenset(
     "view reshape _unsafe_view unflatten flatten transpose swapaxes permute t unsqueeze squeeze expand expand_as clone contiguous "
     "detach alias movedim".split()
 )
+_SCORES = frozenset("linear addmm mm bmm matmul baddbmm einsum sum mean tanh".split())
 _RANDOM = frozenset({"dropout", "alpha_dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"})
 
 
@@ -50,7 +52,7 @@ class PadValues:
         graph: fx.Graph,
         table: Mapping[fx.Node, Typing],
         domain: Domain,
-        mask_value: MaskValue,
+        mask_value: MaskValues,
         boundaries: frozenset[fx.Node] = frozenset(),
         may_presume: bool = False,
     ) -> None:
@@ -120,19 +122,33 @@ class PadValues:
     def _weight(self, node: fx.Node) -> Number | None:
         """A softmax over positions gives padded ones no weight if their scores are far below all others.
 
-        In a sequence that is all padding it gives them all the same, or NaN if the scores are minus infinity.
+        Where no other score is higher it gives them all the same, or NaN if they are minus infinity.
         """
         a = Args(node, self._table)
         score, dims = self._values.get(a[0]), a.dims(0)
         if score is None or not score <= HIDES or leaves(dims[a["dim"] % len(dims)]) != self._domain.position:
             return None
         if score != -math.inf:
-            if not self._may_presume:
+            if not self._may_presume or not self._others_are_scores(a[0]):
                 return None
             self.nonempty.append(node)
             if score > max(SURELY_HIDES, torch.finfo(node.meta["val"].dtype).min):
                 self.assumptions.append(f"a score of {score:g} weighs nothing in {node.name}: the other scores are far above it")
         return 0
+
+    def _others_are_scores(self, node: fx.Node) -> bool:
+        """Whether ``node`` fills padded rows, and those alone, while valid ones keep what a product or a sum has given."""
+        node = _behind_views(node)
+        name = op_name(node)
+        if name not in ("masked_fill", "where"):
+            return False
+        a = Args(node, self._table)
+        condition = a["mask" if name == "masked_fill" else "condition"]
+        valid, padded = self._mask_value.at_valid(condition), self._operand(condition)
+        if valid is None or padded is None or bool(valid) == bool(padded):
+            return False
+        kept = a["other"] if name == "where" and not valid else a["self"]
+        return is_tensor(kept) and op_name(_behind_views(kept)) in _SCORES
 
     def _operand(self, x: Any) -> Number | None:
         """The value of an operand at padded rows: its constant, or that of a scalar that is the same everywhere."""
@@ -166,6 +182,17 @@ class PadValues:
             return result.to(node.meta["val"].dtype).item()  # type: ignore[no-any-return]
         except (LookupError, RuntimeError, TypeError):
             return None
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """What ``node`` shows, in whatever shape, dtype and scale."""
+    while op_name(node) in _CARRIES | {"to", "_to_copy", "type_as", "float"} or _is_scaled(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    return op_name(node) in ("mul", "div") and isinstance(node.args[1], (int, float))
 
 
 def _is_mask_like(node: fx.Node) -> bool:

@@ -68,6 +68,8 @@ UNKNOWN: dict[str, Callable[..., Any]] = {
     "moved": lambda y, v: (y * v[..., None]).roll(1, 1),
     "softmax of mild scores": lambda y, v: y.sum(-1).masked_fill(~v, -5.0).softmax(1),
     "softmax over the batch": lambda y, v: y.sum(-1).masked_fill(~v, -math.inf).softmax(0),
+    "softmax under two masks": lambda y, v: y.sum(-1).masked_fill(~v | (y[..., 0] > 0), -1e9).softmax(1),
+    "softmax of scores that are masked twice": lambda y, v: y.sum(-1).masked_fill(y[..., 0] > 0, -1e9).masked_fill(~v, -1e9).softmax(1),
     "any of the row": lambda y, v: y * v.any(1)[:, None, None],
     "parameter put in": lambda y, v: torch.where(v[..., None], y, torch.arange(E) * 1.0),
 }

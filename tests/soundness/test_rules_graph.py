@@ -152,6 +152,20 @@ def test_rule_06_written_inputs_are_outputs(form: str, train: bool) -> None:
     assert set(result.forms) == {"exact"}
 
 
+@both_ways
+def test_rule_06_a_view_of_what_is_written(form: str, train: bool) -> None:
+    """A view made before a write and read behind it shows what was written."""
+
+    def body(m: Any, x: Tensor, valid: Tensor, cache: Tensor) -> Tensor:
+        view = cache.view(BATCH, LENGTH, WIDTH)
+        y = m.a(x + view, keys(valid))
+        cache.mul_(2)
+        return m.linear(y + view)
+
+    result = check(body, (hidden(), RIGHT, hidden(grad=False).flatten(0, 1)), RIGHT, packing=form, train=train)
+    assert_packed(result, form)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_rule_06_running_statistics(form: str) -> None:
     class Normed(Program):
