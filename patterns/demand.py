@@ -162,7 +162,9 @@ def _wanted_values(graph: fx.Graph, table: Mapping[fx.Node, Typing], live: froze
     wanted: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         effect = node.op == "output" or node.is_impure(impure_random=False)
-        read = any(u in wanted and op_name(u) not in _SIZES and (u.op == "output" or node not in table[u].shape_only) for u in node.users)
+        read = any(
+            u in wanted and op_name(u) not in _SIZES and (u.op == "output" or node not in table[u].shape_only) for u in node.users
+        )
         if node in live and (effect or read):
             wanted.add(node)
     return frozenset(wanted)
@@ -217,7 +219,9 @@ class _Walk:
         special = self._special(user, node)
         if special is not None:
             why = self.uncheckable.get(user)
-            return special if why is None else Demand(user, f"reads some rows, and whether they are padded cannot be checked: {why}")
+            return (
+                special if why is None else Demand(user, f"reads some rows, and whether they are padded cannot be checked: {why}")
+            )
         if self.table[user].opaque:
             return Demand(user, "is not known to work row by row")
         if self._weighed_by_zero(user, node):

@@ -129,7 +129,7 @@ def layout_of(dims: Dims, domain: Domain) -> Layout | None:
 
 
 def partial_layout(dims: Dims, domain: Domain) -> tuple[str, int] | None:
-    """``("s", i)`` or ``("b", i)`` when the tensor varies with only the position or only the batch, as its whole dimension ``i``."""
+    """``("s", i)`` or ``("b", i)`` when the tensor varies with only the position or only the batch, as all of dimension ``i``."""
     found: list[tuple[str, int]] = []
     for i, dim in enumerate(dims):
         atoms = leaves(dim)

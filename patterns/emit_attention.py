@@ -127,7 +127,11 @@ class AttentionEmitter:
 
     def _keys(self, view: PackedView, key: fx.Node) -> Rows:
         return Rows(
-            self._heads(view, view.packed(key), key), view.ready().cu_seqlens, self._longest(view), lambda: _positions(view), view.ready().used
+            self._heads(view, view.packed(key), key),
+            view.ready().cu_seqlens,
+            self._longest(view),
+            lambda: _positions(view),
+            view.ready().used,
         )
 
     def _packed_queries(self, view: PackedView, query: fx.Node) -> Rows:
@@ -153,7 +157,8 @@ class AttentionEmitter:
 
         def position() -> fx.Node:
             device = query.meta["val"].device
-            total = builder.call(operator.mul, batch, length) if not (isinstance(batch, int) and isinstance(length, int)) else batch * length  # fmt: skip
+            static = isinstance(batch, int) and isinstance(length, int)
+            total = batch * length if static else builder.call(operator.mul, batch, length)
             flat = builder.call(aten.arange.default, total, device=device)
             return builder.call(aten.remainder.Scalar, flat, length)
 
@@ -219,4 +224,3 @@ class AttentionEmitter:
 
 def _positions(view: PackedView) -> fx.Node:
     return view.position_index()
-

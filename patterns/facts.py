@@ -7,7 +7,7 @@ flag for each fact. It runs first; if a flag is false the padded graph runs inst
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,8 @@ aten = torch.ops.aten
 _MOST_NODES = 500
 # Operators that cost as much as a layer of the model: what needs them is not found out beforehand.
 _COSTLY = frozenset(
-    "linear addmm baddbmm matmul mm bmm einsum conv1d conv2d conv3d convolution scaled_dot_product_attention lstm gru rnn_tanh".split()
+    "linear addmm baddbmm matmul mm bmm einsum conv1d conv2d conv3d convolution scaled_dot_product_attention "
+    "lstm gru rnn_tanh".split()
 )
 
 
@@ -134,7 +135,9 @@ def _always_a_key(domain: Domain, site: fx.Node) -> Fact:
         mask = masks[domain]
         count = _call(graph, aten.cumsum.default, mask, 1)  # valid keys up to and with each position
         before = _call(graph, aten.constant_pad_nd.default, count, [1, 0])
-        position = _call(graph, aten.sub.Tensor, _call(graph, aten.cumsum.default, _call(graph, aten.ones_like.default, mask), 1), 1)
+        position = _call(
+            graph, aten.sub.Tensor, _call(graph, aten.cumsum.default, _call(graph, aten.ones_like.default, mask), 1), 1
+        )
         size = _call(graph, aten.sym_size.int, mask, 1)
 
         def counted(offset: int) -> fx.Node:
@@ -237,8 +240,15 @@ def plan_graph(
 
 
 def emit_mask(graph: fx.Graph, domain: Domain) -> fx.Node:
-    """The (B, S) bool of a domain's valid positions, at the graph's insertion point."""
-    return domain.predicate.emit(graph, *mask_sizes(domain))
+    """The (B, S) bool of a domain's valid positions, at the graph's insertion point.
+
+    Raises:
+        FactNotCheckable: its sizes cannot be computed from those of the inputs.
+    """
+    try:
+        return domain.predicate.emit(graph, *mask_sizes(domain))
+    except ValueError as error:
+        raise FactNotCheckable(str(error)) from error
 
 
 def mask_sizes(domain: Domain) -> tuple[int | torch.SymInt, int | torch.SymInt]:

@@ -147,13 +147,14 @@ def _getitem(node: fx.Node, table: Mapping[fx.Node, Typing]) -> Typing:
 
 POINTWISE = frozenset(
     """
-    add sub mul div true_divide floor_divide rsub pow neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt square reciprocal
-    tanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu softplus softsign hardtanh hardswish hardsigmoid mish log_sigmoid threshold
-    dropout alpha_dropout native_dropout sin cos tan asin acos atan atan2 sinh cosh erf erfc sign ceil floor round trunc frac fmod remainder
-    where masked_fill maximum minimum fmax fmin clamp clamp_min clamp_max clip eq ne lt le gt ge isnan isinf isfinite nan_to_num
-    __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or logical_xor logical_not
-    to _to_copy type_as float bool clone contiguous detach alias lift_fresh lift_fresh_copy positive conj lerp addcmul addcdiv
-    bernoulli rand_like randn_like xlogy logaddexp hypot copysign polar complex real imag angle sgn convert_element_type
+    add sub mul div true_divide floor_divide rsub pow neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt square
+    reciprocal tanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu softplus softsign hardtanh hardswish
+    hardsigmoid mish log_sigmoid threshold dropout alpha_dropout native_dropout sin cos tan asin acos atan atan2 sinh
+    cosh erf erfc sign ceil floor round trunc frac fmod remainder where masked_fill maximum minimum fmax fmin clamp
+    clamp_min clamp_max clip eq ne lt le gt ge isnan isinf isfinite nan_to_num __and__ __or__ __xor__ bitwise_and
+    bitwise_or bitwise_xor bitwise_not logical_and logical_or logical_xor logical_not to _to_copy type_as float bool
+    clone contiguous detach alias lift_fresh lift_fresh_copy positive conj lerp addcmul addcdiv bernoulli rand_like
+    randn_like xlogy logaddexp hypot copysign polar complex real imag angle sgn convert_element_type
     """.split()
 )
 # Inputs whose values do not reach the result.

@@ -107,7 +107,9 @@ class Outputs:
         if order != sorted(order):
             value = call(aten.permute.default, value, order)
         value = call(aten.contiguous.default, value)
-        return call(aten.permute.default, value, sorted(range(len(order)), key=order.__getitem__)) if order != sorted(order) else value
+        return (
+            call(aten.permute.default, value, sorted(range(len(order)), key=order.__getitem__)) if order != sorted(order) else value
+        )
 
 
 def _order_in_memory(value: torch.Tensor) -> list[int] | None:

@@ -115,8 +115,7 @@ class PadValues:
             value = self._operand(chosen)
             return None if value is None else _cast(value, node)
         elif name in ("__and__", "bitwise_and", "logical_and") and node.meta["val"].dtype == torch.bool:
-            if any(self._operand(x) is False for x in node.args[:2]):
-                return False
+            return False if any(self._operand(x) is False for x in node.args[:2]) else None
         return None
 
     def _weight(self, node: fx.Node) -> Number | None:

@@ -150,9 +150,9 @@ def _matmul(view: PackedView, node: fx.Node) -> fx.Node:
     layout_x, layout_y = view.layout(x), view.layout(y)
     if layout_x is not None and not view.touches(y) and y.meta["val"].dim() <= 2:
         return view.call(aten.matmul.default, view.packed(x), view.plain(y))
-    if layout_x is not None and layout_y is not None and _tokens_before(layout_x, 2) and _tokens_before(layout_y, 2):
-        if len(layout_x.rest) == len(layout_y.rest):
-            return view.call(aten.matmul.default, view.packed(x), view.packed(y))
+    both = layout_x is not None and layout_y is not None and len(layout_x.rest) == len(layout_y.rest)
+    if both and _tokens_before(layout_x, 2) and _tokens_before(layout_y, 2):
+        return view.call(aten.matmul.default, view.packed(x), view.packed(y))
     raise NotPackable("multiplies matrices that hold tokens in their rows or columns")
 
 
@@ -197,9 +197,10 @@ def _einsum(view: PackedView, node: fx.Node) -> fx.Node:
 # --- along one dimension ---------------------------------------------------------------------------------------------------
 
 
-@handler("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "argmax", "argmin",
-         "sum", "mean", "amax", "amin", "prod", "var", "std", "any", "all", "linalg_vector_norm", "norm", "logsumexp", "flip", "sort",
-         "topk", "max", "min")  # fmt: skip
+@handler(
+    *"softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp argmax argmin sum mean amax amin prod var std any all "
+    "linalg_vector_norm norm logsumexp flip sort topk max min".split()
+)
 def _along(view: PackedView, node: fx.Node) -> fx.Node:
     if op_name(node) in ("max", "min") and is_tensor(node.args[1] if len(node.args) > 1 else None):
         return _pointwise(view, node)
@@ -213,7 +214,9 @@ def _along(view: PackedView, node: fx.Node) -> fx.Node:
     return _replay(view, node, **{name: x, key: dims if many else dims[0]})
 
 
-@handler("slice", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
+@handler(
+    "slice", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"
+)
 def _cut(view: PackedView, node: fx.Node) -> fx.Node:
     a, name, x = _self(view, node)
     if op_name(node) == "slice" and view.table[node].mixed == ():

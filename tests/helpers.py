@@ -32,9 +32,7 @@ class MaskedAttention(nn.Module):
     def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """``x``: (B, S, E); ``valid``: bool (B, S). Returns (B, S, E)."""
         batch, length, width = x.shape
-        query, key, value = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.project(x).chunk(3, -1)
-        )
+        query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.project(x).chunk(3, -1))
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 

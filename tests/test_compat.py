@@ -102,9 +102,7 @@ def test_dynamo_attributes() -> None:
     copy = fx.GraphModule(original, graph)
     copy.register_buffer("constant", torch.ones(1))
     _compat.adopt_dynamo_attributes(copy, original)
-    for ours, theirs in zip(
-        copy.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True
-    ):
+    for ours, theirs in zip(copy.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True):
         assert ours._dynamo_source is theirs._dynamo_source
         assert ours.meta["example_value"] is theirs.meta["example_value"]
     sources = copy._param_name_to_source

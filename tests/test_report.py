@@ -13,7 +13,9 @@ def example() -> Report:
     return Report(
         graph_id="0/0",
         sites=[
-            Site("layer.0 (model.py:12)", "scaled_dot_product_attention", "mask[b, k] != 0", "rewritten", "zero rows", kernel="cpu"),
+            Site(
+                "layer.0 (model.py:12)", "scaled_dot_product_attention", "mask[b, k] != 0", "rewritten", "zero rows", kernel="cpu"
+            ),
             Site("layer.1 (model.py:12)", "matmul, softmax, matmul", "not proven", reason="the mask depends on the query"),
         ],
         regions=[Region("mask[b, s] != 0", 7, [Edge("pack", "x", "enters"), Edge("unpack", "y", "mean over positions", "m.py:3")])],

@@ -6,6 +6,7 @@ import importlib.util
 from importlib.metadata import version
 
 import pytest
+
 from helpers import run_python
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -277,7 +276,6 @@ def ddp_optimizer_class() -> Any:
     return DDPOptimizer
 
 
-
 # --- recording a graph (patterns/normalise.py) -----------------------------------------------------------------------
 
 # The calls by which a graph changes grad mode and autocast. Read in 2.11, 2.13.
@@ -294,7 +292,6 @@ def storage_id(value: torch.Tensor) -> int:
 def rename(node: fx.Node, name: str) -> None:
     """Give a node another name, or one like it if that is taken. Read in 2.11, 2.13."""
     node._rename(name)
-
 
 
 def functorch_level_active() -> bool:
@@ -509,7 +506,6 @@ def is_parameter_or_buffer(placeholder: fx.Node) -> bool:
     return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
-
 def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> None:
     """Add decompositions to Inductor's table, before or after its first compile.
 
@@ -539,7 +535,7 @@ def no_dispatch_modes() -> Any:
 def upstream_varlen_op() -> Any | None:
     """PyTorch's own varlen attention, which registers itself when its module is imported. Read in 2.11, 2.13."""
     try:
-        import torch.nn.attention.varlen  # noqa: F401
+        import torch.nn.attention.varlen
 
         return torch.ops.torch_attn._varlen_attn.default
     except (ImportError, AttributeError):

@@ -225,7 +225,6 @@ varlen_inductor = VarlenBackend()
 """The object that the entry point names."""
 
 
-
 def register_by_name() -> None:
     """Make ``backend="varlen_inductor"`` work where the package is on the path but not installed, so without entry points."""
     if "varlen_inductor" not in torch._dynamo.list_backends():

@@ -168,9 +168,7 @@ def compare(plain: Contender, ours: Contender, batch: Batch) -> Differences:
     valid = batch["attention_mask"].bool()
     theirs, mine = (each[valid] for each in logits)
     largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
-    errors = {
-        name: (gradients[1][name] - gradient).abs().max().item() / largest for name, gradient in gradients[0].items()
-    }
+    errors = {name: (gradients[1][name] - gradient).abs().max().item() / largest for name, gradient in gradients[0].items()}
     worst = max(errors, key=errors.__getitem__)
     return Differences(((mine - theirs).abs().max() / theirs.abs().max()).item(), errors[worst], worst, 0.0)
 
@@ -226,9 +224,7 @@ def tell(plain: Contender, ours: Contender, differences: Differences, tolerance:
     from varlen_inductor.report import table
 
     kinds = ("training", "inference")
-    rows = [
-        (one.name, f"{one.compile_seconds:.1f} s", *(f"{one.median(kind):.1f} ms" for kind in kinds)) for one in (plain, ours)
-    ]
+    rows = [(one.name, f"{one.compile_seconds:.1f} s", *(f"{one.median(kind):.1f} ms" for kind in kinds)) for one in (plain, ours)]
     ratios = [f"{plain.median(what) / ours.median(what):.2f}x" for what in kinds]
     rows.append(("ratio of medians", f"{plain.compile_seconds / ours.compile_seconds:.2f}x", *ratios))
     print("\n" + table(("", "first run", "training step", "inference"), rows))

@@ -69,7 +69,7 @@ def switches() -> str:
     lines = [
         'torch.compile(backend="varlen_inductor"): '
         + ("found" if listed else "not found: install the package (pip install -e .), it is only on the path"),
-        f"VARLEN_INDUCTOR={os.environ.get('VARLEN_INDUCTOR', '')!r}: every backend=\"inductor\" compile is "
+        f'VARLEN_INDUCTOR={os.environ.get("VARLEN_INDUCTOR", "")!r}: every backend="inductor" compile is '
         + ("rewritten" if switch.is_enabled() else "left alone"),
     ]
     for name, value in config.get_config_copy().items():

@@ -168,9 +168,7 @@ def source_of(node: fx.Node) -> str:
     """
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     path, home = (_plain_path(modules[-1][0]), _file_of(modules[-1][1])) if modules else ("", "")
-    frames = [
-        (match["file"].replace("\\", "/"), match["line"]) for match in _FRAME.finditer(node.meta.get("stack_trace") or "")
-    ]
+    frames = [(match["file"].replace("\\", "/"), match["line"]) for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
     outside = [frame for frame in frames if "/torch/" not in frame[0]]
     at_home = [frame for frame in outside if frame[0].endswith(f"/{home}.py")] if home else []
     file, number = (at_home or outside or frames or [("", "")])[-1]
@@ -238,9 +236,7 @@ def publish(report: Report) -> None:
         reports.append(report)
     _bump_counters(report)
     _write_logs(report)
-    _compat.trace_artifact(
-        "varlen_inductor_report", "json", lambda: json.dumps({"summary": report.summary(), **report.as_dict()})
-    )
+    _compat.trace_artifact("varlen_inductor_report", "json", lambda: json.dumps({"summary": report.summary(), **report.as_dict()}))
     for name in ("graph_before", "graph_after"):
         text = getattr(report, name)
         if text:

@@ -102,7 +102,11 @@ def test_a_leak_beside_a_read() -> None:
 def test_demands_add_up() -> None:
     x, valid = batch()
     node = analysed(attend, x, valid).node("attention_site")
-    one, two, leak = Demand(reads=frozenset({Read("position", node, 0)})), Demand(reads=frozenset({Read("position", node, 1)})), Demand(node, "why")
+    one, two, leak = (
+        Demand(reads=frozenset({Read("position", node, 0)})),
+        Demand(reads=frozenset({Read("position", node, 1)})),
+        Demand(node, "why"),
+    )
     assert (one | two).reads == one.reads | two.reads
     assert (one | leak) is leak
     assert (leak | one) is leak

@@ -41,7 +41,9 @@ def test_sizes_that_cannot_be_lined_up(left: tuple[int, ...], right: tuple[int, 
         unify([Atom(n) for n in left], [Atom(n) for n in right])
 
 
-@pytest.mark.parametrize(("left", "right", "expected"), [((4, 3), (2, 6), [2, 2, 3]), ((2, 9), (6, 3), [2, 3, 3]), ((12,), (2, 3, 2), [2, 3, 2])])
+@pytest.mark.parametrize(
+    ("left", "right", "expected"), [((4, 3), (2, 6), [2, 2, 3]), ((2, 9), (6, 3), [2, 3, 3]), ((12,), (2, 3, 2), [2, 3, 2])]
+)
 def test_splits_on_both_sides(left: tuple[int, ...], right: tuple[int, ...], expected: list[int]) -> None:
     one, other = [Atom(n) for n in left], [Atom(n) for n in right]
     unify(one, other)

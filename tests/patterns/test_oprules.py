@@ -98,13 +98,17 @@ def test_mixed_dimensions(name: str) -> None:
     """Rows of which dimensions of the first input influence each other."""
     function, operator, expected = MIXED[name]
     found = analysed(function, torch.randn(B, S, E))
-    name_here = operator if any(operator == str(n.target).split(".")[1] for n in found.graph.nodes if n.op == "call_function") else "pad"
+    name_here = (
+        operator if any(operator == str(n.target).split(".")[1] for n in found.graph.nodes if n.op == "call_function") else "pad"
+    )
     typing = found.table[found.node(name_here)]
     assert {dim for x, dim in typing.mixed if x is found.inputs[0]} == expected
 
 
 def test_only_the_shape() -> None:
-    found = analysed(lambda x: torch.zeros_like(x) + x.new_ones(x.shape[1], 1) + x.to(torch.float64).type_as(x[0, 0, 0]), torch.randn(B, S, E))
+    found = analysed(
+        lambda x: torch.zeros_like(x) + x.new_ones(x.shape[1], 1) + x.to(torch.float64).type_as(x[0, 0, 0]), torch.randn(B, S, E)
+    )
     assert found.table[found.node("zeros_like")].shape_only == (found.inputs[0],)
     assert found.table[found.node("new_ones")].shape_only == (found.inputs[0],)
 

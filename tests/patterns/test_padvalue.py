@@ -69,7 +69,9 @@ UNKNOWN: dict[str, Callable[..., Any]] = {
     "softmax of mild scores": lambda y, v: y.sum(-1).masked_fill(~v, -5.0).softmax(1),
     "softmax over the batch": lambda y, v: y.sum(-1).masked_fill(~v, -math.inf).softmax(0),
     "softmax under two masks": lambda y, v: y.sum(-1).masked_fill(~v | (y[..., 0] > 0), -1e9).softmax(1),
-    "softmax of scores that are masked twice": lambda y, v: y.sum(-1).masked_fill(y[..., 0] > 0, -1e9).masked_fill(~v, -1e9).softmax(1),
+    "softmax of scores that are masked twice": lambda y, v: (
+        y.sum(-1).masked_fill(y[..., 0] > 0, -1e9).masked_fill(~v, -1e9).softmax(1)
+    ),
     "any of the row": lambda y, v: y * v.any(1)[:, None, None],
     "parameter put in": lambda y, v: torch.where(v[..., None], y, torch.arange(E) * 1.0),
 }
@@ -94,7 +96,9 @@ def test_a_softmax_presumes_a_position() -> None:
     assert not known(infinite)[1].region.pad_values.nonempty
 
 
-@pytest.mark.parametrize(("dtype", "value", "expected"), [(torch.float16, -1e30, -math.inf), (torch.bfloat16, -1e30, -1e30), (torch.int8, -3, -3)])
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"), [(torch.float16, -1e30, -math.inf), (torch.bfloat16, -1e30, -1e30), (torch.int8, -3, -3)]
+)
 def test_the_real_dtype(dtype: torch.dtype, value: float, expected: float) -> None:
     def tail(y: Tensor, v: Tensor) -> Tensor:
         full = torch.where(v[..., None], y, value)

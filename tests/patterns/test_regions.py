@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from analysed import B, E, H, S, Analysed, analysed, attend, batch
+from analysed import Analysed, B, E, H, S, analysed, attend, batch
 from torch import Tensor, nn
 
 from varlen_inductor.patterns.oprules import op_name
@@ -171,7 +171,14 @@ def test_several_results_together_or_not_at_all() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["softmax over positions", "unbind of positions", "transposed linear", "outer product", "sum over the batch", "split of positions"],
+    [
+        "softmax over positions",
+        "unbind of positions",
+        "transposed linear",
+        "outer product",
+        "sum over the batch",
+        "split of positions",
+    ],
 )
 def test_what_mixes_tokens_is_not_packed(name: str) -> None:
     mixers = {

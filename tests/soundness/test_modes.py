@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+
 from soundness.harness import (
     BATCH,
     FORMS,
@@ -24,9 +27,6 @@ from soundness.harness import (
     mask_of,
     quick,
 )
-from torch import Tensor
-from torch._dynamo.utils import counters
-
 from varlen_inductor import report
 
 RIGHT = mask_of("right")

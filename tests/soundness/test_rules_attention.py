@@ -1,4 +1,4 @@
-"""Rules 4, 7, 8 and 9 of the contract: what attention lets through, what its mask is, where its windows lie, queries without keys."""
+"""Rules 4, 7, 8 and 9 of the contract: what attention lets through, what masks are, where windows lie, queries without keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from soundness.harness import (
     BATCH,
     FORMS,
@@ -24,7 +26,6 @@ from soundness.harness import (
     keys,
     mask_of,
 )
-from torch import Tensor
 
 RIGHT = mask_of("right")
 LOWEST = torch.finfo(torch.float64).min
@@ -132,7 +133,11 @@ def test_rule_04_hidden_queries(form: str, train: bool) -> None:
     leaky = check(lambda m, x, v: body(m, x, v).mean(1), (hidden(), RIGHT), None, packing=form, train=train)
     assert_left_alone(leaky, "hides queries")
     other = check(
-        lambda m, x, q, k: m.a(x, q[:, None, :, None] & keys(k)), (hidden(), mask_of("holes"), RIGHT), None, packing=form, train=train
+        lambda m, x, q, k: m.a(x, q[:, None, :, None] & keys(k)),
+        (hidden(), mask_of("holes"), RIGHT),
+        None,
+        packing=form,
+        train=train,
     )
     assert_left_alone(other, "hides queries")
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from soundness.harness import (
     BATCH,
     FORMS,
@@ -25,7 +27,6 @@ from soundness.harness import (
     mask_of,
     quick,
 )
-from torch import Tensor, nn
 
 RIGHT = mask_of("right")
 
@@ -288,7 +289,10 @@ def test_rule_14_sizes_that_coincide(shape: tuple[int, int], form: str) -> None:
     def body(m: Any, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         y = m.norm(m.a(x, keys(valid)))
         folded = F.scaled_dot_product_attention(
-            *(t.reshape(batch, length, HEADS, -1).transpose(1, 2).reshape(batch * HEADS, length, -1) for t in m.b.qkv(y).chunk(3, -1)),
+            *(
+                t.reshape(batch, length, HEADS, -1).transpose(1, 2).reshape(batch * HEADS, length, -1)
+                for t in m.b.qkv(y).chunk(3, -1)
+            ),
             attn_mask=valid[:, None, None, :].expand(-1, HEADS, 1, -1).reshape(batch * HEADS, 1, length),
         )
         y = y + folded.view(batch, HEADS, length, -1).transpose(1, 2).reshape(y.shape)
@@ -318,7 +322,12 @@ def test_rule_14_mask_of_one_row(dynamic: bool, form: str, train: bool) -> None:
     """The batch size is that of the queries: a mask (1, S) broadcasts."""
     valid = mask_of("holes", 1)
     result = check(
-        lambda m, x, v: m.a(x, keys(v)), (hidden(), valid), valid.expand(BATCH, -1), packing=form, train=train, dynamic=dynamic or None
+        lambda m, x, v: m.a(x, keys(v)),
+        (hidden(), valid),
+        valid.expand(BATCH, -1),
+        packing=form,
+        train=train,
+        dynamic=dynamic or None,
     )
     assert_packed(result, form)
 
@@ -410,6 +419,8 @@ def test_rule_16_exact_rows_on_request(form: str, train: bool) -> None:
                 x = x + y.transpose(1, 2).reshape(x.shape)
             return m.head(x), x.mean(1)
 
-    result = check(Separate(), (hidden(), mask_of("holes")), None, packing=form, train=train, exact=True, knobs={"padded_rows": "keep"})
+    result = check(
+        Separate(), (hidden(), mask_of("holes")), None, packing=form, train=train, exact=True, knobs={"padded_rows": "keep"}
+    )
     assert result.forms == ["exact", "exact"]
     assert (result.nodes_packed > 0) == (form == "model")

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from soundness.harness import (
     BATCH,
     FORMS,
@@ -22,7 +24,6 @@ from soundness.harness import (
     keys,
     mask_of,
 )
-from torch import Tensor, nn
 
 RIGHT = mask_of("right")
 CLASSES = 7
@@ -42,7 +43,9 @@ LOSSES = {
     "mean": lambda y, t: F.cross_entropy(y.view(-1, CLASSES), t.view(-1)),
     "sum": lambda y, t: F.cross_entropy(y.view(-1, CLASSES), t.view(-1), reduction="sum"),
     "smoothed": lambda y, t: F.cross_entropy(y.view(-1, CLASSES), t.view(-1), label_smoothing=0.2),
-    "weighted": lambda y, t: F.cross_entropy(y.view(-1, CLASSES), t.view(-1), weight=torch.linspace(0.5, 2, CLASSES, dtype=y.dtype)),
+    "weighted": lambda y, t: F.cross_entropy(
+        y.view(-1, CLASSES), t.view(-1), weight=torch.linspace(0.5, 2, CLASSES, dtype=y.dtype)
+    ),
     "smoothed and weighted": lambda y, t: F.cross_entropy(
         y.view(-1, CLASSES), t.view(-1), weight=torch.linspace(0.5, 2, CLASSES, dtype=y.dtype), label_smoothing=0.1
     ),
@@ -63,7 +66,13 @@ def test_rule_02_ignored_padding(name: str, form: str, train: bool) -> None:
     other = torch.randint(0, CLASSES, (BATCH, LENGTH))
     tolerance = 1e-5 if name == "in float32" else None
     result = check(
-        body, (hidden(), RIGHT, labels_for(RIGHT)), None, packing=form, train=train, batches=[(hidden(), RIGHT, other)], tolerance=tolerance
+        body,
+        (hidden(), RIGHT, labels_for(RIGHT)),
+        None,
+        packing=form,
+        train=train,
+        batches=[(hidden(), RIGHT, other)],
+        tolerance=tolerance,
     )
     if form == "model":
         assert (result.packed, result.padded, set(result.forms)) == (1, 1, {"packed"})
@@ -135,7 +144,9 @@ SHIFTED = {
     "sliced from the end": lambda y, t: F.cross_entropy(
         y[..., :-1, :].contiguous().view(-1, CLASSES), t[..., 1:].contiguous().view(-1), reduction="sum"
     ),
-    "cast": lambda y, t: F.cross_entropy(y[:, :-1].float().reshape(-1, CLASSES), t[:, 1:].reshape(-1), label_smoothing=0.1).double(),
+    "cast": lambda y, t: F.cross_entropy(
+        y[:, :-1].float().reshape(-1, CLASSES), t[:, 1:].reshape(-1), label_smoothing=0.1
+    ).double(),
     "three dimensions": lambda y, t: F.cross_entropy(y[:, :-1].transpose(1, 2), t[:, 1:]),
     "padded labels": lambda y, t: F.cross_entropy(y.view(-1, CLASSES), F.pad(t, (0, 1), value=-100)[:, 1:].reshape(-1)),
 }

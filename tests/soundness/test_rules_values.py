@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from soundness.harness import (
     BATCH,
     FORMS,
@@ -24,7 +26,6 @@ from soundness.harness import (
     mask_of,
     poisoned,
 )
-from torch import Tensor, nn
 
 RIGHT = mask_of("right")
 

@@ -144,9 +144,7 @@ def _gather_pages(
         raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)"
-            )
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)")
     sequences = cu_seq_q.shape[0] - 1
     if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != sequences:
         raise ValueError(

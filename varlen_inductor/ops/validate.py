@@ -33,9 +33,7 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie between 0 and 1")
     if window_left < -1 or window_right < -1:
-        raise ValueError(
-            f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit"
-        )
+        raise ValueError(f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit")
     if seqused_k is not None:
         _check_vector("seqused_k", seqused_k, cu_seq_q.shape[0] - 1, "sequence", (torch.int32,), device)
     if (position_q is None) != (position_k is None):
