@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 
+from . import recompute
 from .dims import Size, as_size, leaves, size_of
 from .domain import Domain, Layout, layout_of, partial_layout
 from .oprules import Typing, is_tensor, op_name
@@ -140,7 +141,9 @@ class Builder:
                 self.graph.output(fx.map_arg(node.args[0], Outputs(self, node)))
                 break
             if node in self.live:
+                last = next(iter(reversed(self.graph.nodes)))
                 self._emit(node)
+                self._mark_recomputed(node, last)
                 self._make_ready_plans()
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -148,6 +151,13 @@ class Builder:
         for region in self.regions:
             region.crossings = [c for c in region.crossings if c.emitted in alive]
         return fx.GraphModule(self.source, self.graph)
+
+    def _mark_recomputed(self, node: fx.Node, last: fx.Node) -> None:
+        """What was emitted behind ``last`` for a node that is computed again in the backward is too."""
+        group = recompute.group_of(node)
+        while group is not None and last.next.op != "root":
+            last = last.next
+            recompute.mark([last], group)
 
     def _make_ready_plans(self) -> None:
         for entry in list(self._pending):
@@ -305,9 +315,10 @@ class Builder:
                 if isinstance(n, torch.SymInt) and n.node.expr == expression:
                     with self.after(self._padded[node]):
                         return self.call(aten.sym_size.int, self._padded[node], i)
-        if isinstance(expression, (sympy.Mul, sympy.Add)):
-            function = operator.mul if isinstance(expression, sympy.Mul) else operator.add
-            parts = [self.size(part) for part in expression.args]
+        power = isinstance(expression, sympy.Pow) and expression.exp.is_Integer and expression.exp > 0
+        if power or isinstance(expression, (sympy.Mul, sympy.Add)):
+            function = operator.add if isinstance(expression, sympy.Add) else operator.mul
+            parts = [self.size(part) for part in ([expression.base] * int(expression.exp) if power else expression.args)]
             made = parts[0]
             for part in parts[1:]:
                 with self.after(*[p for p in (made, part) if isinstance(p, fx.Node)]):

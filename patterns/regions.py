@@ -175,11 +175,19 @@ def _region_nodes(
         if node not in live or node.op != "call_function" or not analysis.aligned.get(node, False):
             continue
         if node.target is attention_site:
-            if is_tensor(node) and layout_of(table[node].dims, domain) is not None and harmless(node):
+            if _rows_are_queries(node, table, domain) and harmless(node):
                 nodes.add(node)
         elif mode == "model" and _row_wise(node, table, domain) and harmless(node):
             nodes.add(node)
     return nodes
+
+
+def _rows_are_queries(site: fx.Node, table: Mapping[fx.Node, Typing], domain: Domain) -> bool:
+    """Whether the queries of an attention are tokens of the domain. (They may as well be words, and its tokens sentences.)"""
+    attention, query = attention_of(site), site.args[0]
+    assert attention is not None and isinstance(query, fx.Node)
+    in_place = _token_atoms(table[query].dims, attention.batch) == (domain.batch, domain.position)
+    return in_place and layout_of(table[site].dims, domain) is not None
 
 
 def _row_wise(node: fx.Node, table: Mapping[fx.Node, Typing], domain: Domain) -> bool:

@@ -179,9 +179,10 @@ class _SizeFinder:
         found = self._from_inputs(expr)
         if found is not None:
             return found
-        if isinstance(expr, (sympy.Add, sympy.Mul)):
+        power = isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0  # batch rows times sentences, say
+        if power or isinstance(expr, (sympy.Add, sympy.Mul)):
             combine = operator.add if isinstance(expr, sympy.Add) else operator.mul
-            first, *rest = (self(a) for a in expr.args)
+            first, *rest = (self(a) for a in ([expr.base] * int(expr.exp) if power else expr.args))
             for other in rest:
                 first = self.call(combine, first, other)
             return first

@@ -280,15 +280,16 @@ def compare(ours: Outcome, eager: Outcome, rows: Sequence[Tensor | None], tolera
         if not good[row].all():
             errors.append(f"output {i}: padded rows are neither exact nor zero")
     # Some gradients are sums that cancel (that of a key's bias is zero), so each is as exact as the largest.
-    scale = max((_largest(g) for g in eager.gradients.values() if g is not None), default=1.0)
-    for kind, one, other in (("gradient", ours.gradients, eager.gradients), ("state", ours.state, eager.state)):
+    largest = max((_largest(g) for g in eager.gradients.values() if g is not None), default=1.0)
+    kinds = (("gradient", ours.gradients, eager.gradients, max(1.0, largest)), ("state", ours.state, eager.state, 1.0))
+    for kind, one, other, scale in kinds:
         for name, r in other.items():
             y = one[name]
             if r is None and (y is None or not y.any()):
                 continue
             r = torch.zeros_like(y) if r is None else r  # type: ignore[arg-type]
             y = torch.zeros_like(r) if y is None else y
-            if y.shape != r.shape or not _close(y, r, tolerance, max(1.0, scale)).all():
+            if y.shape != r.shape or not _close(y, r, tolerance, scale).all():
                 gap = (y - r).abs().max().item() if r.is_floating_point() else math.nan
                 errors.append(f"{kind} of {name}: off by {gap} of {r.abs().max().item() if r.is_floating_point() else r}")
     return errors

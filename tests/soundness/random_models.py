@@ -103,6 +103,14 @@ def _attend(m: Layers, kind: MaskKind, batch: Batch, query: Tensor, key: Tensor,
     if kind.spelling == "sdpa":
         mask = visible if kind.form in ("bool", "lengths", "integers") else _additive(kind, visible, query.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    elif kind.spelling == "grouped":
+        k, v = (t[:, :1].expand(-1, HEADS, -1, -1).reshape(q.shape[0], HEADS, -1, q.shape[-1]) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    elif kind.spelling == "time first":
+        q, k, v = (t.transpose(0, 1).reshape(-1, b * HEADS, e // HEADS).transpose(0, 1) for t in (query, key, value))
+        mask = visible.expand(b, HEADS, -1, -1).reshape(b * HEADS, -1, k.shape[1])
+        weights = (torch.bmm(q * (e // HEADS) ** -0.5, k.transpose(1, 2))).masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1)
+        return torch.bmm(weights, v).transpose(0, 1).reshape(s, b, e).transpose(0, 1)
     elif kind.spelling == "folded":
         q, k, v = (t.reshape(b * HEADS, -1, e // HEADS) for t in (q, k, v))
         scores = torch.bmm(q, k.transpose(1, 2)).view(b, HEADS, s, -1) * (e // HEADS) ** -0.5
@@ -125,7 +133,7 @@ class Attention:
         cross = rng.random() < 0.15
         which = "memory" if cross else rng.choice(["valid"] * 6 + ["other"])
         shapes = ["none"] * 4 + (["queries"] if cross else ["causal", "causal", "window", "sliding causal", "queries"])
-        spelling = rng.choice(["sdpa"] * 3 + ["folded", "decomposed"])
+        spelling = rng.choice(["sdpa"] * 3 + ["folded", "decomposed", "grouped", "time first"])
         form = rng.choice(["bool", "bool", "lengths", "integers", "finfo", "-inf"])
         self.kind = MaskKind(which, form, rng.choice(shapes), spelling)
         self.fused = rng.random() < 0.4
@@ -326,7 +334,7 @@ OTHER_HEADS: dict[str, Head] = {
     "masked mean": lambda m, x, b: _masked_mean(x, b)[:, 0],
     "masked sum": lambda m, x, b: torch.einsum("bse,bs->be", x, b.valid.to(x.dtype)),
     "masked mean of all": lambda m, x, b: (x * _at(b)).mean((1, 2)),
-    "masked max": lambda m, x, b: x.masked_fill(~_at(b), -1e9).amax(1),
+    "masked max": lambda m, x, b: x.masked_fill(~_at(b), -100.0).amax(1),
     "mean": lambda m, x, b: x.mean(1),
     "maximum": lambda m, x, b: x.amax(1),
     "sum": lambda m, x, b: x.sum(),
@@ -347,6 +355,13 @@ OTHER_HEADS: dict[str, Head] = {
 
 
 # --- models and batches ----------------------------------------------------------------------------------------------
+
+
+def with_class_token(batch: Batch, token: Tensor) -> Batch:
+    """One more token in front, valid everywhere."""
+    x = torch.cat([token.expand(batch.x.shape[0], 1, -1), batch.x], 1)
+    valid, other = (F.pad(mask, (1, 0), value=True) for mask in (batch.valid, batch.other))
+    return batch._replace(x=x, valid=valid, other=other, labels=F.pad(batch.labels, (1, 0), value=-100))
 
 
 class RandomModel(nn.Module):
@@ -374,11 +389,12 @@ class RandomModel(nn.Module):
         tables = [*(("tokens", n, h) for n, h in TOKEN_HEADS.items()), *(("all", n, h) for n, h in OTHER_HEADS.items())]
         self.heads = [rng.choice(tables) for _ in range(rng.choice([1, 1, 2, 3]))]
         self.shared_positions = rng.random() < 0.2
+        self.class_token = rng.random() < 0.1
         self.returns_memory = rng.random() < 0.1
-        self.layers = nn.ModuleList(Layers(length) for _ in range(len(self.blocks) + len(self.heads) + 1))
+        self.layers = nn.ModuleList(Layers(length + 1) for _ in range(len(self.blocks) + len(self.heads) + 1))
         self.recipe = [n for n, _ in self.blocks] + [f"-> {n}" for _, n, _ in self.heads]
-        if self.shared_positions:
-            self.recipe.insert(0, "shared positions")
+        for flag in ("shared_positions", "class_token", "returns_memory"):
+            self.recipe += [flag] if getattr(self, flag) else []
 
     @staticmethod
     def _row_wise(rng: random.Random) -> tuple[str, Block]:
@@ -396,11 +412,23 @@ class RandomModel(nn.Module):
         attentions = [block for _, block in self.blocks if isinstance(block, Attention)]
         return {(a.kind.which, a.kind.form == "lengths" and not a.mha) for a in attentions if a.kind.which != "memory"}
 
+    def rows(self, batch: Batch, all_rewritten: bool) -> list[Tensor | None]:
+        """The rows of each output that must be exact: those that some mask keeps. What a kept attention masks, nobody knows."""
+        given = with_class_token(batch, batch.x.new_zeros(WIDTH)) if self.class_token else batch
+        masks = [by_length(getattr(given, name)) if lengths else getattr(given, name) for name, lengths in self.masks]
+        valid = masks[0] if masks else None
+        for other in masks[1:]:
+            valid = valid | other if all_rewritten else valid & other
+        by_kind = {"tokens": valid, "all": None, "memory": batch.memory_valid}
+        return [by_kind[kind] for kind in self.kinds]
+
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
         batch = Batch(*inputs)
+        if self.class_token:
+            batch = with_class_token(batch, self.layers[-1].scale)
         x, memory = batch.x, self.layers[-1].linear(batch.memory)
         if self.shared_positions and memory.shape[1] == x.shape[1]:
-            position = self.layers[-1].position
+            position = self.layers[-1].position[: x.shape[1]]
             x, memory = x + position, memory + position
         batch = batch._replace(memory=memory)
         layers = iter(self.layers)
@@ -440,3 +468,64 @@ def random_batch(seed: int, batch: int, length: int, memory_length: int, dtype: 
     if rng.random() < 0.8:
         labels = labels.masked_fill(~valid, -100)
     return Batch(x, valid, other, memory, memory_valid, labels)
+
+
+# --- sentences in documents ------------------------------------------------------------------------------------------
+
+
+class Hierarchy(nn.Module):
+    """Tokens of sentences of documents, (B, N, S, E): an encoder of sentences, pooling, an encoder of documents."""
+
+    masks: set[tuple[str, bool]] = set()
+
+    def __init__(self, seed: int, length: int) -> None:
+        super().__init__()
+        rng = random.Random(f"hierarchy {seed}")
+        self.inner, self.outer = ([self._block(rng) for _ in range(rng.randint(1, 3))] for _ in range(2))
+        self.pooling = rng.choice(["first", "masked mean", "masked max", "softmax pooling", "last valid", "mean"])
+        self.heads = [rng.choice(list(TOKEN_HEADS)), rng.choice(["masked mean", "softmax pooling", "masked max", "first", "mean"])]
+        count = len(self.inner) + len(self.outer) + 3
+        self.layers = nn.ModuleList(Layers(length) for _ in range(count))
+        names = [n for n, _ in self.inner] + [self.pooling] + [n for n, _ in self.outer]
+        self.recipe = ["sentences", *names, *(f"-> {n}" for n in self.heads)]
+
+    @staticmethod
+    def _block(rng: random.Random) -> tuple[str, Block]:
+        if rng.random() < 0.5:
+            name = rng.choice(list(ROW_WISE))
+            return name, ROW_WISE[name]
+        attention = Attention(rng)
+        form = "bool" if attention.kind.form == "lengths" else attention.kind.form
+        attention.kind = MaskKind("valid", form, rng.choice(["none", "none", "causal"]), attention.kind.spelling)
+        return repr(attention), attention
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        batch = Batch(*inputs)
+        b, n, s, e = batch.x.shape
+        memory = batch.memory.unsqueeze(1).expand(-1, n, -1, -1).flatten(0, 1)
+        tokens = batch._replace(x=batch.x.flatten(0, 1), valid=batch.valid.flatten(0, 1), memory=memory)
+        layers = iter(self.layers)
+        x = tokens.x
+        for _, block in self.inner:
+            x = block(next(layers), x, tokens)
+        sentences = OTHER_HEADS[self.pooling](next(layers), x, tokens).view(b, n, e)
+        documents = batch._replace(x=sentences, valid=batch.valid.any(-1))
+        y = sentences
+        for _, block in self.outer:
+            y = block(next(layers), y, documents)
+        one = TOKEN_HEADS[self.heads[0]](next(layers), y, documents)
+        return one, OTHER_HEADS[self.heads[1]](next(layers), y, documents), x.view(b, n, s, e)
+
+    def rows(self, batch: Batch, all_rewritten: bool) -> list[Tensor | None]:
+        """Sentences that hold a token; and of tokens those that are valid."""
+        return [batch.valid.any(-1), None, batch.valid]
+
+
+def random_documents(seed: int, batch: int, sentences: int, length: int, dtype: torch.dtype) -> Batch:
+    """A batch of documents, some sentences of which are all padding."""
+    one = random_batch(seed, batch * sentences, length, 3, dtype)
+    rng = random.Random(seed)
+    kept = _random_mask(rng, batch, sentences, empty=False)
+    valid = (one.valid | (torch.arange(length) == 0)).view(batch, sentences, length) & kept[..., None]
+    x = one.x.detach().view(batch, sentences, length, WIDTH).requires_grad_()
+    return one._replace(x=x, valid=valid, memory=one.memory.detach()[:batch].clone().requires_grad_())

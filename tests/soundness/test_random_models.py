@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from soundness.harness import Outcome, compare, cotangents_for, direct_backend, poisoned, quick, tensors, watched_runs
-from soundness.random_models import LEAKY, Batch, RandomModel, by_length, random_batch
+from soundness.random_models import LEAKY, Batch, Hierarchy, RandomModel, random_batch, random_documents
 from torch import Tensor
 
 from varlen_inductor import report
@@ -36,7 +36,7 @@ class Case:
     """One seed: a model, batches of one shape, and how it is compiled."""
 
     seed: int
-    model: RandomModel
+    model: RandomModel | Hierarchy
     batches: list[Batch]
     form: str
     dynamic: bool
@@ -53,8 +53,13 @@ class Case:
         batch, length = rng.choice([1, 2, 2, 3, 3, 4, 5]), rng.choice([2, 3, 4, 5, 6, 8, 9])
         memory_length = length if rng.random() < 0.5 else rng.choice([2, 3, 7])
         torch.manual_seed(seed)
-        model = RandomModel(seed, max(length, memory_length)).to(dtype)
-        batches = [random_batch(seed * 7 + i, batch, length, memory_length, dtype) for i in range(2)]
+        model: RandomModel | Hierarchy
+        if rng.random() < 0.1:
+            model = Hierarchy(seed, max(length, 3)).to(dtype)
+            batches = [random_documents(seed * 7 + i, batch, 3, length, dtype) for i in range(2)]
+        else:
+            model = RandomModel(seed, max(length, memory_length)).to(dtype)
+            batches = [random_batch(seed * 7 + i, batch, length, memory_length, dtype) for i in range(2)]
         form = "attention" if rng.random() < 0.25 else "model"
         tolerance = 1e-8 if dtype is torch.float64 else 2e-4
         return Case(seed, model, batches, form, rng.random() < 0.1, rng.random() < 0.85, tolerance)
@@ -74,7 +79,7 @@ class Case:
                 ours = self._forward(compiled, batch)
                 sites = [site for one in reports for site in one.sites]
                 self.forms = [site.form or "kept" for site in sites]
-                rows = self._rows(batch, all(form != "kept" for form in self.forms))
+                rows = self.model.rows(batch, all(form != "kept" for form in self.forms))
                 found += self._compare(ours, batch, self._forward(self.model, batch), batch, rows)
                 if not found and runs["packed"] > before and set(self.forms) == {"packed"} and self._padding_is_irrelevant(batch, rows):
                     self.poisoned += 1
@@ -86,15 +91,6 @@ class Case:
     def _forward(self, call: Callable[..., Any], batch: Batch) -> list[Any]:
         with torch.set_grad_enabled(self.train):
             return tensors(call(*batch))
-
-    def _rows(self, batch: Batch, all_rewritten: bool) -> list[Tensor | None]:
-        """The rows of each output that must be exact: those that some mask keeps. (What a kept attention masks, nobody knows.)"""
-        masks = [by_length(getattr(batch, name)) if lengths else getattr(batch, name) for name, lengths in self.model.masks]
-        valid = masks[0] if masks else None
-        for other in masks[1:]:
-            valid = valid | other if all_rewritten else valid & other
-        by_kind = {"tokens": valid, "all": None, "memory": batch.memory_valid}
-        return [by_kind[kind] for kind in self.model.kinds]
 
     def _outcome(self, outputs: list[Any], batch: Batch, cotangents: list[Tensor | None]) -> Outcome:
         gradients: dict[str, Tensor | None] = {}
