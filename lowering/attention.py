@@ -21,7 +21,7 @@ from torch import Tensor
 from varlen_inductor import _compat, config
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
-from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
+from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 _ops = torch.ops.varlen_inductor
 _aten = torch.ops.aten
@@ -39,7 +39,7 @@ def _direct(
         return False
     if not (layout.cu_seq_q.is_contiguous() and layout.cu_seq_k.is_contiguous()):
         return False
-    if rule.window_right not in (UNBOUNDED, 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
+    if (rule.windowed and rule.window_right != 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
         return False
     problem = Problem.of(query, key, value, layout, rule)
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.rows import finish_backward, finish_forward
-from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
+from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 _flash = torch.ops.aten._flash_attention_forward.default
 _flash_backward = torch.ops.aten._flash_attention_backward.default
@@ -207,8 +207,9 @@ def _bounds(query: Tensor, key: Tensor, layout: Layout, rule: Rule) -> tuple[int
     max_q, max_k = max(layout.max_q, 1), max(layout.max_k, 1)
     if max_q == 1 and query.shape[1] != key.shape[1]:
         max_q = 2  # with 1 and shared heads they take for granted that every sequence has exactly one query
-    if rule.window_right > 0 and rule.window_right != UNBOUNDED:
-        max_k = max(max_k, max_q)  # they ignore a right side of at least max_k, which hides keys if there are more queries
+    if rule.windowed and rule.window_right != 0:
+        # They take a right side of max_k for unbounded and the other way round; with more queries than keys that hides keys.
+        max_k = max(max_k, max_q)
     return max_q, max_k
 
 
