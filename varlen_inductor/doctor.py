@@ -1,4 +1,4 @@
-"""``python -m varlen_inductor doctor``: what this machine can run, and what is missing for the rest."""
+"""``python -m varlen_inductor doctor``: what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from collections.abc import Iterator
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "nvidia-cudnn-frontend", "flash-attn", "flash-attn-4")
-
-# The extra of pyproject.toml that brings the package a backend needs.
-EXTRAS = {"flash-attn": "flash", "flash-attn-4": "fa4", "nvidia-cudnn-frontend": "cudnn"}
+PACKAGES = ("torch", "triton", "transformers")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the diagnosis; 1 if the backend cannot be used at all."""
     argparse.ArgumentParser(prog="varlen_inductor doctor", description=__doc__).parse_args(argv)
-    print("\n\n".join((machine(), *devices(), switches(), missing())))
+    print("\n\n".join((machine(), *devices(), switches())))
     return 0 if "varlen_inductor" in torch._dynamo.list_backends() else 1
 
 
 def machine() -> str:
-    """Versions of what we depend on and of what could bring more kernels."""
+    """Versions of what we depend on."""
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"{package:<22} {version(package)}" for package in ("varlen-inductor", *PACKAGES)]
     return "\n".join(lines)
@@ -79,18 +76,6 @@ def switches() -> str:
         elif value != config.default_of(name):
             lines.append(f"config.{name} = {value!r} (default {config.default_of(name)!r})")
     return "\n".join(lines)
-
-
-def missing() -> str:
-    """What to install for more kernels."""
-    if not torch.cuda.is_available():
-        return "More kernels need a CUDA device."
-    lines = [
-        f"pip install 'varlen-inductor[{extra}]'   # {package}"
-        for package, extra in EXTRAS.items()
-        if version(package) == "not installed"
-    ]
-    return "For more kernels:\n" + "\n".join(lines) if lines else "Every optional package is installed."
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from varlen_inductor import _compat, config, report
 _NOT_IN_KEY = ("strict", "inner_backend")
 
 # Packages that bring kernels: with another version, or none, another kernel may have been chosen.
-_KERNEL_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend", "triton")
+_KERNEL_PACKAGES = ("triton",)
 
 _MARK_SLOT = "post_grad_custom_post_pass"
 
