@@ -17,6 +17,7 @@ What cannot be recorded without a change of meaning raises `NotNormalisable`, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from torch._ops import HigherOrderOperator
 
 from varlen_inductor import _compat
 
-from . import einsum, fused_inference
+from . import einsum, fused_inference, recompute
 from .aliasing import Storages, written_nodes
 from .simplify import drop_identities, drop_unused, inline_numbers
 
@@ -55,7 +56,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         and the same output structure.  Every node that has a value carries it in `meta["val"]` (a fake in the fake
         mode of the placeholders; a `SymInt` where it is a size) and whether autograd records it in
         `meta["requires_grad"]`.  `stack_trace` and `nn_module_stack` are those of the user's source.
-        Higher-order operators (checkpoint, `autograd.Function`, flex attention, ...) are kept as they are.
+        Higher-order operators (`autograd.Function`, flex attention, ...) are kept as they are, but for checkpoint: its
+        graph is recorded in its place, see `recompute`.
 
     Raises:
         NotNormalisable: with the reason.
@@ -248,6 +250,18 @@ def _is_higher_order(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
 
 
+def _can_be_recorded(node: fx.Node) -> bool:
+    """Whether a higher-order call is a checkpoint that holds nothing which recording loses."""
+    body = recompute.body_of(node)
+    if node.target is not recompute.CHECKPOINT or recompute.refusal(node) is not None or body is None:
+        return False
+    try:
+        _refuse_what_tracing_loses(body)
+    except NotNormalisable:
+        return False
+    return True
+
+
 def _fresh(value: Any) -> Any:
     """Fakes with the metadata of `value` and storages of their own."""
 
@@ -280,6 +294,7 @@ class _Recorder(fx.Interpreter):
         self.opaque = opaque
         self.fake_mode = fake_mode
         self.autocasts: list[Any] = []
+        self.groups = itertools.count()
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "output"):
@@ -289,7 +304,7 @@ class _Recorder(fx.Interpreter):
                 return self._attribute(str(n.target))
         if _is_higher_order(n):
             with _compat.set_current_meta(n):
-                return self._opaque_call(n)
+                return self._recorded_in_place(n) if _can_be_recorded(n) else self._opaque_call(n)
         tracer = _compat.current_tracer()
         before = len(tracer.graph.nodes)
         result = super().run_node(n)
@@ -336,9 +351,20 @@ class _Recorder(fx.Interpreter):
         _set_attribute(tracer.root, name, value)
         return _compat.track(fake, tracer.create_proxy("get_attr", name, (), {}), tracer)
 
+    def _recorded_in_place(self, n: fx.Node) -> Any:
+        """Record the graph of a checkpoint where it is called; `recompute.regroup` makes a call of it again."""
+        graph = _compat.current_tracer().graph
+        before = len(graph.nodes)
+        (body, *args), _ = self.fetch_args_kwargs_from_env(n)
+        inner = _Recorder(body.value, {}, self.fake_mode)
+        inner.autocasts = self.autocasts
+        result = inner.run(*args)
+        recompute.mark(list(graph.nodes)[before:], next(self.groups))
+        return result
+
     def _opaque_call(self, n: fx.Node) -> Any:
-        """Keep a higher-order call as one node.  Tracing through it would drop what it stands for: the recomputation
-        of checkpoint, the backward of an `autograd.Function`."""
+        """Keep a higher-order call as one node.  Tracing through it would drop what it stands for, as the backward of an
+        `autograd.Function`."""
         tracer = _compat.current_tracer()
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         result = self.opaque[n]

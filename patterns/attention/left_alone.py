@@ -3,6 +3,7 @@
 %y = torch_attn._varlen_attn.default(%q, %k, %v, %cu_seq_q, %cu_seq_k, ...)      it is a varlen call already
 %y = flex_attention(%q, %k, %v, %score_mod, ...)                                 its block mask skips what is hidden
 %y = aten._transformer_encoder_layer_fwd.default(...)                            fused, without a mask
+%y = tag_activation_checkpoint(%wrap_body_0, ...)                                a checkpoint that cannot be packed through
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 
 from varlen_inductor import _compat
 
+from .. import recompute
 from .candidate import Candidate, Facts, NotAttention
 
 aten = torch.ops.aten
@@ -36,11 +38,22 @@ def _reasons() -> dict[Any, str]:
 
 
 _REASONS = _reasons()
-ANCHORS = tuple(_REASONS)
+ANCHORS = (*_REASONS, recompute.CHECKPOINT)
+_NAMES = ("scaled_dot_product", "softmax", "multi_head_attention", "transformer_encoder_layer")
 
 
 def match(node: fx.Node, facts: Facts) -> Candidate | None:
     """Always NotAttention, with the reason; None if nothing uses the node."""
     if node not in facts.live:
         return None
+    if node.target is recompute.CHECKPOINT:
+        if not _may_hold_attention(node):
+            return None
+        raise NotAttention(f"it is inside torch.utils.checkpoint and left there: {recompute.refusal(node)}")
     raise NotAttention(_REASONS[node.target])
+
+
+def _may_hold_attention(checkpoint: fx.Node) -> bool:
+    body = recompute.body_of(checkpoint)
+    called = [] if body is None else [getattr(node.target, "__name__", str(node.target)) for node in body.graph.nodes]
+    return any(part in name for part in _NAMES for name in called)

@@ -101,20 +101,23 @@ class Seen:
     padded: int = 0
     other: int = 0
     unpacks: int = 0
+    checkpoints: int = 0
 
 
 _seen: list[Seen] = []
 
 
 def look_at(gm: fx.GraphModule) -> Seen:
-    """Count the linears of a graph whose nodes carry ``example_value``, as Dynamo's do."""
+    """Count the linears of a graph, and of those inside of it, whose nodes carry ``example_value``, as Dynamo's do."""
     ops = torch.ops.varlen_inductor
-    nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     indices = {node.args[1] for node in nodes if node.target is ops.pack.default}
-    if not all(node.op == "placeholder" for node in indices):
+    if not all(node.op == "placeholder" and "example_value" in node.meta for node in indices):
         return Seen()
     tokens = {_size(node.meta["example_value"], 0) for node in indices}
     seen = Seen(bool(indices), unpacks=sum(node.target is ops.unpack.default for node in nodes))
+    seen.checkpoints = sum("tag_activation_checkpoint" in str(node.target) for node in nodes)
     for node in nodes:
         if node.target not in _LINEAR and "linear" not in getattr(node.target, "__name__", ""):
             continue

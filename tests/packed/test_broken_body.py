@@ -38,7 +38,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 16, 8), torch.arange(16)[None] < torch.tensor([16, 3, 5, 2])[:, None]
 
 
-def test_a_body_that_does_not_compile_runs_padded(monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_body_that_does_not_compile_runs_padded(
+    monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     monkeypatch.setattr(runtime, "_as_function", broken_body)
     model = Attention()
     with config.patch(inner_backend="eager", round_tokens=8):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import expecttest
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.patterns import zoo
 from tests.patterns.zoo import Captured, assert_same, captured, targets
@@ -211,6 +213,13 @@ def test_what_may_alias_is_written_too() -> None:
     assert names == {"l_x_", "transpose", "reshape", "add_"}
 
 
+# A checkpoint that chooses what to save stays a higher-order operator; a plain one is recorded in its place.
+OPAQUE: dict[str, Any] = {
+    "use_reentrant": False,
+    "context_fn": functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]),
+}
+
+
 class Body(nn.Module):
     """`function(h)` under checkpoint."""
 
@@ -221,7 +230,7 @@ class Body(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x * 2
-        return h + checkpoint(lambda t: self.function(self.linear(t)), h, use_reentrant=False)
+        return h + checkpoint(lambda t: self.function(self.linear(t)), h, **OPAQUE)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +255,7 @@ def test_memory_that_goes_into_a_writing_body_is_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             h = x * 2
             h.add_(1)
-            return checkpoint(lambda t: t.mul_(3), h, use_reentrant=False) + h
+            return checkpoint(lambda t: t.mul_(3), h, **OPAQUE) + h
 
     backend = Captured(functionalise)
     assert_same(Writing(), {"x": torch.randn(4, 8)}, backend, backward=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.patterns import zoo
 from tests.patterns.zoo import Captured, assert_same, captured, targets
+from varlen_inductor.patterns import recompute
 from varlen_inductor.patterns.normalise import NotNormalisable, normalise, replace_body
 
 aten = torch.ops.aten
@@ -114,6 +116,12 @@ class AutocastTwice(Block):
             with torch.autocast("cpu", enabled=False):
                 y = self.project(y.float())
             return (self.out(y[..., : zoo.WIDTH]) * valid[..., None]).float()
+
+
+class ChosenCheckpoint(Block):
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        chosen = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+        return checkpoint(super().forward, x, valid, use_reentrant=False, context_fn=chosen) + x
 
 
 class Checkpointed(Block):
@@ -230,9 +238,18 @@ def test_numbers_and_gradients_under_autocast(make: type[nn.Module]) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_rule_13_higher_order_operators_stay_whole() -> None:
+def test_checkpoint_is_recorded_in_its_place() -> None:
     backend = Captured()
     torch.compile(Checkpointed(), backend=backend, fullgraph=True)(**zoo.hand_inputs())
+    assert not [n for n in backend.graph.nodes if isinstance(n.target, HigherOrderOperator)]
+    calls = [n for n in backend.graph.nodes if n.op == "call_function"]
+    assert [recompute.group_of(n) for n in calls if n.target is aten.scaled_dot_product_attention.default] == [0]
+    assert recompute.group_of(calls[-1]) is None
+
+
+def test_rule_13_higher_order_operators_stay_whole() -> None:
+    backend = Captured()
+    torch.compile(ChosenCheckpoint(), backend=backend, fullgraph=True)(**zoo.hand_inputs())
     (node,) = (n for n in backend.graph.nodes if isinstance(n.target, HigherOrderOperator))
     assert "checkpoint" in str(node.target)
     assert aten.scaled_dot_product_attention.default not in [n.target for n in backend.graph.nodes]
