@@ -253,6 +253,10 @@ class Builder:
             self._padded[node] = self.views[region.domain].unpacked(node, fill, repeat=fill is None)
         return self._padded[node]
 
+    def is_padded(self, node: fx.Node, new: fx.Node) -> bool:
+        """Whether ``new`` is the padded form of ``node``, if it has one yet."""
+        return self._padded.get(node) is new
+
     # --- emitting ----------------------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

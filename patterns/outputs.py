@@ -54,14 +54,13 @@ class Outputs:
         """A value that shares memory with other outputs, or with an input: the same views of the same memory."""
         if node in self._made:
             return self._made[node]
-        viewed = [x for x in node.all_input_nodes if self._storages.root(x) is root]
-        if node.op != "call_function" or not viewed:
+        builder = self._builder
+        viewed = {x: self._as_view(x, root) for x in node.all_input_nodes if self._storages.root(x) is root}
+        changed = node in builder.region_of or node in builder.tainted
+        if node.op != "call_function" or not viewed or not (changed or any(not builder.is_padded(x, new) for x, new in viewed.items())):
+            # Also what was written in place: to emit it once more would write once more.
             return self._alone(node)
-
-        def mapped(x: fx.Node) -> fx.Node:
-            return self._as_view(x, root) if x in viewed else self._builder.padded(x)
-
-        new = self._builder.graph.node_copy(node, mapped)
+        new = builder.graph.node_copy(node, lambda x: viewed[x] if x in viewed else builder.padded(x))
         new.meta = dict(node.meta)
         self._made[node] = new
         return new

@@ -485,7 +485,13 @@ def called_by_uncompiled_code() -> bool:
     return not all(any(_is_frame(caller, part) for part in _PASSES_CALLS_ON) for caller in callers)
 
 
-_PASSES_CALLS_ON = ("nn/modules/module.py", "nn/parallel/distributed.py", "utils/_contextlib.py", "amp/autocast_mode.py")
+_PASSES_CALLS_ON = (
+    "nn/modules/module.py",
+    "nn/parallel/distributed.py",
+    "distributed/fsdp/",
+    "utils/_contextlib.py",
+    "amp/autocast_mode.py",
+)
 _TORCH = str(torch.__path__[0]).replace("\\", "/") + "/"
 
 

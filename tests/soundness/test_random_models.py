@@ -41,6 +41,7 @@ class Case:
     form: str
     dynamic: bool
     train: bool
+    keep: bool
     tolerance: float
     forms: list[str] = field(default_factory=list)
     packed: int = 0
@@ -62,17 +63,17 @@ class Case:
             batches = [random_batch(seed * 7 + i, batch, length, memory_length, dtype) for i in range(2)]
         form = "attention" if rng.random() < 0.25 else "model"
         tolerance = 1e-8 if dtype is torch.float64 else 2e-4
-        return Case(seed, model, batches, form, rng.random() < 0.1, rng.random() < 0.85, tolerance)
+        return Case(seed, model, batches, form, rng.random() < 0.1, rng.random() < 0.85, rng.random() < 0.07, tolerance)
 
     def __str__(self) -> str:
         shape = f"{tuple(self.batches[0].x.shape)} memory {self.batches[0].memory.shape[1]} {self.batches[0].x.dtype}"
-        return f"seed {self.seed} {self.form} dynamic={self.dynamic} train={self.train} {shape}\n  " + "\n  ".join(self.model.recipe)
+        return f"seed {self.seed} {self.form} dynamic={self.dynamic} train={self.train} keep={self.keep} {shape}\n  " + "\n  ".join(self.model.recipe)
 
     def errors(self) -> list[str]:
         """Compile, run all batches, and compare."""
         torch._dynamo.reset()
         found: list[str] = []
-        with quick(packing=self.form), report.collect() as reports, watched_runs() as runs:
+        with quick(packing=self.form, padded_rows="keep" if self.keep else "zero"), report.collect() as reports, watched_runs() as runs:
             compiled = torch.compile(self.model, backend=direct_backend, dynamic=self.dynamic or None, fullgraph=True)
             for batch in self.batches:
                 before = runs["packed"]
@@ -80,6 +81,7 @@ class Case:
                 sites = [site for one in reports for site in one.sites]
                 self.forms = [site.form or "kept" for site in sites]
                 rows = self.model.rows(batch, all(form != "kept" for form in self.forms))
+                rows = [None] * len(rows) if self.keep else rows
                 found += self._compare(ours, batch, self._forward(self.model, batch), batch, rows)
                 if not found and runs["packed"] > before and set(self.forms) == {"packed"} and self._padding_is_irrelevant(batch, rows):
                     self.poisoned += 1

@@ -154,6 +154,18 @@ def test_rule_06_written_inputs_are_outputs(form: str, train: bool) -> None:
 
 
 @both_ways
+def test_rule_06_written_inputs_are_returned(form: str, train: bool) -> None:
+    """What is returned was written once, though the output is a view of an input."""
+
+    def body(m: Any, x: Tensor, valid: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        cache.add_(1)
+        return m.linear(m.a(x, keys(valid))), cache, cache.view(-1), cache[:, 0]
+
+    given = (hidden(), RIGHT, hidden(grad=False))
+    assert_packed(check(body, given, (RIGHT, None, None, None), packing=form, train=train), form)
+
+
+@both_ways
 def test_rule_06_a_view_of_what_is_written(form: str, train: bool) -> None:
     """A view made before a write and read behind it shows what was written."""
 
