@@ -21,7 +21,7 @@ from torch import fx
 
 from varlen_inductor import _compat, config, report, runtime
 from varlen_inductor.patterns import builder as packing
-from varlen_inductor.patterns import demand, facts, oprules, regions
+from varlen_inductor.patterns import demand, facts, oprules, recompute, regions
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
 from varlen_inductor.patterns.domain import Domain
@@ -128,10 +128,12 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
 
 
 def _may_have_attention(gm: fx.GraphModule) -> bool:
-    for node in gm.graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if any(hint in name for hint in _ATTENTION_HINTS):
-            return True
+    """Whether there is anything to look for, in the graph or in those that its higher-order operators are given."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            if any(hint in name for hint in _ATTENTION_HINTS):
+                return True
     return False
 
 
@@ -195,6 +197,9 @@ def _rewrite_until_settled(sites: Sites, made: report.Report, mode: regions.Mode
             return _rewrite_once(sites, made, mode, partial)
         except SiteRefused as refusal:
             sites.give_up(refusal.site, refusal.reason)
+        except recompute.NotRegroupable as refusal:
+            made.notes.append(f"left as it is: {refusal.reason}")
+            return None
         except facts.FactNotCheckable as refusal:
             log.debug("not to be found out beforehand: %s", refusal.reason)
             if refusal.asker in sites.lines:
@@ -246,7 +251,7 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
             build.views[region.domain].plan = Plan(index, inverse, cu_seqlens, dead_sequence=True)
     else:
         _plans_in_graph(build, sites.gm.graph, domains, _stays_in_place(choice))
-    body = build.build()
+    body = recompute.regroup(build.build())
     _fill_report(made, sites, choice, relied_on, mode)
     return Rewrite(made, body, plan, len(domains))
 
