@@ -11,14 +11,14 @@ import torch
 from torch import fx
 
 from .builder import Region
-from .streams import Streams
 from .demand import NOTHING, Analysis, Demand, analyse, mixes_tokens
 from .dims import Atom, Dims, as_size, leaves, size_of
 from .domain import Domain, layout_of
-from .oprules import Typing, is_tensor
 from .maskvalue import MaskValues
+from .oprules import Typing, is_tensor
 from .padvalue import PadValues
 from .site import attention_of, attention_site
+from .streams import Streams
 from .twins import has_twin
 
 Mode = Literal["model", "attention"]

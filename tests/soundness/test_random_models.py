@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from soundness.harness import Outcome, compare, cotangents_for, direct_backend, poisoned, quick, tensors, watched_runs
-from soundness.random_models import LEAKY, Batch, Hierarchy, RandomModel, random_batch, random_documents
 from torch import Tensor
 
+from soundness.harness import Outcome, compare, cotangents_for, direct_backend, poisoned, quick, tensors, watched_runs
+from soundness.random_models import LEAKY, Batch, Hierarchy, RandomModel, random_batch, random_documents
 from varlen_inductor import report
 
 CHUNK = 25
@@ -66,27 +66,32 @@ class Case:
         return Case(seed, model, batches, form, rng.random() < 0.1, rng.random() < 0.85, rng.random() < 0.07, tolerance)
 
     def __str__(self) -> str:
-        shape = f"{tuple(self.batches[0].x.shape)} memory {self.batches[0].memory.shape[1]} {self.batches[0].x.dtype}"
-        return f"seed {self.seed} {self.form} dynamic={self.dynamic} train={self.train} keep={self.keep} {shape}\n  " + "\n  ".join(self.model.recipe)
+        batch = self.batches[0]
+        shape = f"{tuple(batch.x.shape)} memory {batch.memory.shape[1]} {batch.x.dtype}"
+        flags = " ".join(flag for flag in ("dynamic", "train", "keep") if getattr(self, flag))
+        return "\n  ".join([f"seed {self.seed} {self.form} {flags} {shape}", *self.model.recipe])
 
     def errors(self) -> list[str]:
         """Compile, run all batches, and compare."""
         torch._dynamo.reset()
         found: list[str] = []
-        with quick(packing=self.form, padded_rows="keep" if self.keep else "zero"), report.collect() as reports, watched_runs() as runs:
+        knobs = {"packing": self.form, "padded_rows": "keep" if self.keep else "zero"}
+        with quick(**knobs), report.collect() as reports, watched_runs() as runs:
             compiled = torch.compile(self.model, backend=direct_backend, dynamic=self.dynamic or None, fullgraph=True)
             for batch in self.batches:
                 before = runs["packed"]
-                ours = self._forward(compiled, batch)
-                sites = [site for one in reports for site in one.sites]
-                self.forms = [site.form or "kept" for site in sites]
+                ours, eager = self._forward(compiled, batch), self._forward(self.model, batch)
+                self.forms = [site.form or "kept" for one in reports for site in one.sites]
                 rows = self.model.rows(batch, all(form != "kept" for form in self.forms))
                 rows = [None] * len(rows) if self.keep else rows
-                found += self._compare(ours, batch, self._forward(self.model, batch), batch, rows)
-                if not found and runs["packed"] > before and set(self.forms) == {"packed"} and self._padding_is_irrelevant(batch, rows):
+                found += self._compare(ours, batch, eager, batch, rows)
+                if found or runs["packed"] == before or set(self.forms) != {"packed"}:
+                    continue
+                if self._padding_is_irrelevant(batch, rows):
                     self.poisoned += 1
                     bad = batch._replace(x=poisoned(batch.x, batch.valid))
-                    found += [f"poisoned: {e}" for e in self._compare(self._forward(compiled, bad), bad, self._forward(self.model, batch), batch, rows)]
+                    ours, eager = self._forward(compiled, bad), self._forward(self.model, batch)
+                    found += [f"poisoned: {e}" for e in self._compare(ours, bad, eager, batch, rows)]
             self.packed = runs["packed"]
         return found
 
@@ -117,8 +122,7 @@ class Case:
         eager = self._forward(self.model, batch)
         cotangents = cotangents_for(eager, rows)
         one, two = self._outcome(eager, batch, cotangents), self._outcome(self._forward(self.model, other), other, cotangents)
-        exact = [None if r is None else r for r in rows]
-        for y, valid in zip([*one.outputs, *two.outputs], [*exact, *exact], strict=True):
+        for y, valid in zip([*one.outputs, *two.outputs], [*rows, *rows], strict=True):
             if valid is not None and y.shape[:2] == valid.shape:
                 y[~valid] = 0
             elif valid is not None:
@@ -135,7 +139,7 @@ def test_random_models(first: int) -> None:
         case = Case.of(seed)
         errors = case.errors()
         assert not errors, f"{case}\n  forms: {case.forms}\n" + "\n".join(errors)
-        _coverage.update({form: 1 for form in set(case.forms)})
+        _coverage.update(dict.fromkeys(set(case.forms), 1))
         _coverage.update({"packed runs": case.packed, "poisoned runs": case.poisoned, "models": 1})
 
 
