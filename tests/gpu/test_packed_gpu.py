@@ -326,5 +326,5 @@ def test_backward_drops_what_the_forward_dropped(recompute: bool, mode: str) -> 
                 y.backward(cotangent)
                 assert x.grad is not None
                 difference = products.sum() - (x.grad.double() * x.detach().double()).sum()
-                assert difference.abs() < 0.05 * products.norm()
+                assert difference.abs() < 0.03 * products.norm()
     assert steps() == (6, 0)
