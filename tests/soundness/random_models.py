@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, HEADS, CLASSES = 8, 2, 5
 
@@ -138,8 +139,14 @@ class Attention:
         self.kind = MaskKind(which, form, rng.choice(shapes), spelling)
         self.fused = rng.random() < 0.4
         self.mha = not cross and rng.random() < 0.1
+        self.checkpointed = rng.random() < 0.1
 
     def __call__(self, m: Layers, x: Tensor, batch: Batch) -> Tensor:
+        if self.checkpointed:
+            return checkpoint(self._block, m, x, batch, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._block(m, x, batch)
+
+    def _block(self, m: Layers, x: Tensor, batch: Batch) -> Tensor:
         source = batch.memory if self.kind.which == "memory" else x
         if self.mha:
             hidden = ~{"valid": batch.valid, "other": batch.other}[self.kind.which]
@@ -151,7 +158,8 @@ class Attention:
         return x + m.linear(_attend(m, self.kind, batch, query, key, value))
 
     def __repr__(self) -> str:
-        return "mha" if self.mha else f"attention({self.kind})"
+        name = "mha" if self.mha else f"attention({self.kind})"
+        return f"checkpointed {name}" if self.checkpointed else name
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -245,7 +253,8 @@ ROW_WISE: dict[str, Block] = {
     "no grad": lambda m, x, b: x + _without_grad(m, x),
     "in place": lambda m, x, b: _add_in_place(m, x),
     "features in place": lambda m, x, b: _features_in_place(x),
-    "checkpointed twice": lambda m, x, b: m.linear(x) + m.linear(x * 2),
+    "twice": lambda m, x, b: m.linear(x) + m.linear(x * 2),
+    "checkpointed": lambda m, x, b: x + checkpoint(lambda y: m.down(F.gelu(m.up(y))), x, use_reentrant=False),
 }
 
 

@@ -108,9 +108,7 @@ class Case:
             gradients = dict(zip(wanted, found, strict=True))
         return Outcome([y.detach() for y in outputs], gradients, {})
 
-    def _compare(
-        self, ours: list[Any], own_batch: Batch, eager: list[Any], batch: Batch, rows: list[Tensor | None]
-    ) -> list[str]:
+    def _compare(self, ours: list[Any], own_batch: Batch, eager: list[Any], batch: Batch, rows: list[Tensor | None]) -> list[str]:
         cotangents = cotangents_for(eager, rows)
         return compare(self._outcome(ours, own_batch, cotangents), self._outcome(eager, batch, cotangents), rows, self.tolerance)
 
