@@ -57,7 +57,11 @@ class Outputs:
         builder = self._builder
         viewed = {x: self._as_view(x, root) for x in node.all_input_nodes if self._storages.root(x) is root}
         changed = node in builder.region_of or node in builder.tainted
-        if node.op != "call_function" or not viewed or not (changed or any(not builder.is_padded(x, new) for x, new in viewed.items())):
+        if (
+            node.op != "call_function"
+            or not viewed
+            or not (changed or any(not builder.is_padded(x, new) for x, new in viewed.items()))
+        ):
             # Also what was written in place: to emit it once more would write once more.
             return self._alone(node)
         new = builder.graph.node_copy(node, lambda x: viewed[x] if x in viewed else builder.padded(x))

@@ -66,7 +66,9 @@ class Sites:
         remove_site(site)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inner: InnerCompiler, route: Route) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: _compat.ExampleInputs, inner: InnerCompiler, route: Route
+) -> Callable[..., Any]:
     """Compile a Dynamo graph through the passes.
 
     Args:
