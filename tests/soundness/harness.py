@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from varlen_inductor import config, driver, report, runtime
 from varlen_inductor.backend import varlen_inductor
+from varlen_inductor.ops import attention
 
 BATCH, LENGTH, WIDTH, HEADS = 3, 12, 16, 2
 FORMS = ("model", "attention")
@@ -193,9 +194,37 @@ def direct_backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any
 
 @contextmanager
 def quick(**knobs: Any) -> Iterator[None]:
-    """Small token counts are packed, failures of our passes raise, and nothing is compiled."""
+    """Small token counts are packed, failures of our passes raise, and rows that nobody reads are not numbers."""
     settings = {"strict": True, "round_tokens": 4, "max_density": 1.0, **knobs}
-    with config.patch(**settings):
+    with config.patch(**settings), poisoned_tails():
+        yield
+
+
+@contextmanager
+def poisoned_tails() -> Iterator[None]:
+    """Rows behind the last sequence, which kernels on a GPU leave as they find them, hold NaN."""
+    forward, backward = attention.run_forward, attention.run_backward
+
+    def spoil(*rows: Tensor, after: Tensor, dim: int = 0) -> None:
+        for x in rows:
+            x.narrow(dim, int(after[-1]), x.shape[dim] - int(after[-1])).fill_(math.nan)
+
+    def run_forward(query: Tensor, key: Tensor, value: Tensor, layout: Any, *args: Any) -> Any:
+        out, lse, rng_state = forward(query, key, value, layout, *args)
+        if layout.tails_unread:
+            spoil(out, after=layout.cu_seq_q)
+            spoil(lse, after=layout.cu_seq_q, dim=1)
+        return out, lse, rng_state
+
+    def run_backward(*args: Any) -> Any:
+        gradients = backward(*args)
+        layout = args[8]
+        if layout.tails_unread:
+            spoil(gradients[0], after=layout.cu_seq_q)
+            spoil(*gradients[1:], after=layout.cu_seq_k)
+        return gradients
+
+    with mock.patch.multiple(attention, run_forward=run_forward, run_backward=run_backward):
         yield
 
 

@@ -4,7 +4,8 @@ A *plan* is made of the mask of valid positions ``(B, S)``:
 
 * ``index`` (T,), int64: the flat position ``b * S + s`` of each packed row. The first ``count`` rows are the valid positions in
   order; the rest are *dead* rows, which repeat a valid one, so that whatever is computed on them is as harmless as a real row.
-* ``inverse`` (B * S,), int64: the packed row of each position. A padded position has ``-1 - r`` where ``r`` is some valid row.
+* ``inverse`` (B * S,), int64: the packed row of each position. A padded position has ``-1 - r`` where ``r`` is some valid row,
+  or no row (T or more) if there is none.
 * ``cu_seqlens``, int32: offsets of the sequences in the packed rows.
 
 ``unpack`` has two ways to fill padded positions: with a constant, or (``repeat=True``) with a copy of a valid row, for values
@@ -53,15 +54,16 @@ def unpack(
 ) -> Tensor:
     """Rows of ``packed`` (T, ...) at their positions: (N, ...), padded positions filled with ``fill`` or a valid row's copy.
 
+    Where no row is valid there is none to copy, and what an attention wrote of its rows is anything: zeros then.
+
     ``rows_of`` gathers rows by index (the lowering has one of its own).
     """
     valid = inverse >= 0
-    rows = rows_of(packed, torch.where(valid, inverse, -1 - inverse))
-    return (
-        rows
-        if repeat
-        else torch.where(_column(valid, packed), rows, torch.full((), fill, dtype=packed.dtype, device=packed.device))
-    )
+    row = torch.where(valid, inverse, -1 - inverse)
+    rows = rows_of(packed, row.clamp(max=packed.shape[0] - 1))
+    wanted = row < packed.shape[0] if repeat else valid
+    filler = torch.full((), 0.0 if repeat else fill, dtype=packed.dtype, device=packed.device)
+    return torch.where(_column(wanted, packed), rows, filler)
 
 
 def unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor, *, rows_of: RowsOf = _rows_at) -> Tensor:
@@ -98,7 +100,7 @@ def plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     target = torch.where(flat, rank - 1, count + positions - rank)
     order = torch.empty_like(positions).scatter_(0, target, positions)
     index = torch.where(positions < count, order, order[:1])
-    inverse = torch.where(flat, rank - 1, -1)
+    inverse = torch.where(flat, rank - 1, torch.where(count > 0, -1, -1 - flat.numel()))
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
     return index, inverse, cu_seqlens

@@ -110,6 +110,7 @@ if triton is not None:
             tl.store(count, total.to(tl.int64))
             if ROUND:
                 tl.store(cu_seqlens + batch + 1, (total // round_to + 1) * round_to)
+        hole = tl.where(total > 0, -1, -1 - positions)  # of which row a padded position may hold a copy
         rank = before
         for start in range(0, length, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -117,7 +118,7 @@ if triton is not None:
             place = rank + tl.cumsum(valid, 0) - 1
             here = (b * length + at).to(tl.int64)
             tl.store(index + place, here, mask=(at < length) & (valid != 0))
-            tl.store(inverse + here, tl.where(valid != 0, place, -1).to(tl.int64), mask=at < length)
+            tl.store(inverse + here, tl.where(valid != 0, place, hole).to(tl.int64), mask=at < length)
             rank += tl.sum(valid, 0)
         for start in range(total + b * BLOCK, positions, batch * BLOCK):
             at = start + tl.arange(0, BLOCK)

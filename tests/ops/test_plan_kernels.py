@@ -1,0 +1,29 @@
+"""The plan kernels, interpreted, against the plan that plain operators make."""
+
+from __future__ import annotations
+
+import torch
+
+from triton_interpreter import interpret, needs_interpreter
+from varlen_inductor.ops import packing, plan_kernels
+
+
+@needs_interpreter
+def test_kernels_agree_with_operators() -> None:
+    interpret("ops/test_plan_kernels", "compare")
+
+
+def compare() -> None:
+    """Run by the test where Triton interprets: masks of several shapes, all padding and all tokens among them."""
+    for shape in [(1, 1), (3, 5), (4, 40), (2, 1030)]:
+        for share in (0.0, 0.1, 0.5, 1.0):
+            mask = torch.rand(shape) < share
+            for kernel, expected in zip(plan_kernels.plan(mask, 0)[:3], packing.plan_static(mask), strict=True):
+                assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)
+            count = int(mask.sum())
+            index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4)
+            rows = (count // 4 + 1) * 4
+            assert int(found) == count
+            if 0 < count and rows <= mask.numel():
+                for kernel, expected in zip((index[:rows], inverse, cu_seqlens), packing.plan_packed(mask, rows), strict=True):
+                    assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)
