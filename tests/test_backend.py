@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from helpers import stub_driver
-from varlen_inductor import backend, config, inductor_pass, report
+from varlen_inductor import backend, config, inductor_pass, nested, report
 
 EAGER = {"varlen.inner_backend": "eager"}
 AOT = {"varlen.inner_backend": "aot_eager"}
@@ -182,7 +182,7 @@ def test_nested_compiles_every_graph() -> None:
             def outer(x: torch.Tensor, linear: nn.Linear = linear) -> torch.Tensor:
                 return linear(x).relu()
 
-            compiled = torch.compile(backend.with_own_code(outer), backend="varlen_inductor", options=AOT)
+            compiled = torch.compile(nested.with_own_code(outer), backend="varlen_inductor", options=AOT)
             torch.testing.assert_close(compiled(x), outer(x))
     assert len(calls) == 12
     assert compiled_graphs() == 12

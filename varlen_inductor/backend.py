@@ -7,9 +7,7 @@ rewritten graph, to Inductor. What the passes do with the graph is decided in :m
 
 from __future__ import annotations
 
-import itertools
 import traceback
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, config, ddp, inductor_pass, report, switch
+from varlen_inductor.nested import Nested
 
 Route = Literal["backend", "enable"]
 OPTION_PREFIX = "varlen."
@@ -64,50 +63,22 @@ class InnerCompiler:
             wrapper = _compat.make_inductor_wrapper(None, self.options, self.dynamic)
             return wrapper(gm, example_inputs)  # type: ignore[no-any-return]
 
-    def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
-        """Compile a Python function on its own, by its own ``torch.compile``, when it is first called.
+    def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None) -> Nested:
+        """Compile a Python function on its own, when it is first called: see :class:`Nested`.
 
-        This is for graphs with inputs of their own, whose sizes the outer graph does not know. The result can never run
-        eagerly unnoticed: ``fullgraph=True`` raises if something was not captured, GraphModules that ``fn`` closes over are
-        generated first (Dynamo would skip a lazy one), and each function gets a code object of its own (Dynamo gives up on
-        a code object after a few compiles, and all closures of one ``def`` share theirs).
+        This is for graphs with inputs of their own, whose sizes the outer graph does not know.
 
         Args:
-            fn: a plain function, not a GraphModule and not a bound ``forward``: Dynamo skips those.
+            fn: a plain function. GraphModules that it closes over are generated first: Dynamo would skip a lazy one.
             dynamic: overrides what the user gave to ``torch.compile``.
 
         Raises:
             TypeError: ``fn`` is not a plain Python function.
         """
-        own = with_own_code(fn)
-        for cell in own.__closure__ or ():
+        for cell in getattr(fn, "__closure__", None) or ():
             if isinstance(cell.cell_contents, fx.GraphModule):
                 _compat.materialise(cell.cell_contents)
-        kwargs: dict[str, Any] = {"options": self.options} if self.backend == "inductor" and self.options else {}
-        return torch.compile(  # type: ignore[no-any-return]
-            own,
-            fullgraph=True,
-            dynamic=self.dynamic if dynamic is None else dynamic,
-            backend=self.backend,
-            **kwargs,
-        )
-
-
-_numbers = itertools.count()
-
-
-def with_own_code(fn: Callable[..., Any]) -> types.FunctionType:
-    """The same function with a code object of its own: Dynamo keeps what it compiled, and counts it, by code object.
-
-    Raises:
-        TypeError: ``fn`` is not a plain Python function.
-    """
-    if not isinstance(fn, types.FunctionType):
-        raise TypeError(f"expected a plain Python function, not {type(fn).__name__}: wrap it in one")
-    name = f"{fn.__name__}_{next(_numbers)}"
-    own = types.FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    own.__kwdefaults__ = fn.__kwdefaults__
-    return own
+        return Nested(fn, self._compile_whole, self.dynamic if dynamic is None else dynamic)
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

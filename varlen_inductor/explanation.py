@@ -76,7 +76,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
 
         print(varlen_inductor.explain(model, input_ids, attention_mask=mask))
     """
-    from varlen_inductor import backend
+    from varlen_inductor import backend, nested
 
     inner = _compat.uncompiled(model)
     args, kwargs = _by_name(inner, args, kwargs)
@@ -85,7 +85,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
         return inner(*args, **kwargs)
 
     # Without a code object of its own the second explanation would count as a recompilation of the first.
-    compiled = torch.compile(backend.with_own_code(explained), backend=backend.varlen_inductor)
+    compiled = torch.compile(nested.with_own_code(explained), backend=backend.varlen_inductor)
     with (
         config.patch(inner_backend="eager"),
         _random_state_kept(inner, args, kwargs),

@@ -44,11 +44,13 @@ class PackedProgram:
         inner: InnerCompiler,
         dynamic: bool | None,
     ) -> None:
+        _leave_comparisons_to_the_kernel(plan, domains)
         # The generated function itself: calling the module costs several times as much, on the way of every step.
         self.plan = plan.forward
         self.domains = domains
         self.sizes_vary = dynamic is not False and dynamic is not None
         self._sizes: frozenset[int] | None = None
+        self._data: tuple[int, ...] | None = None
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
@@ -64,10 +66,12 @@ class PackedProgram:
                 inputs = self._plan(args)
         if inputs is None:
             return self._padded_step(args)
-        for index in inputs[::3]:
-            torch._dynamo.maybe_mark_dynamic(index, 0)
+        key = (*self._known_by(args), *[index.shape[0] for index in inputs[::3]])
+        if not self.body.knows(key):
+            for index in inputs[::3]:
+                torch._dynamo.maybe_mark_dynamic(index, 0)
         try:
-            result = self.body(*args, *inputs)
+            result = self.body(*args, *inputs, key=key)
             _compat.counters()["packed_steps"] += 1
             return result
         except _compat.compile_failures():
@@ -80,7 +84,18 @@ class PackedProgram:
 
     def _padded_step(self, args: Sequence[Any]) -> Any:
         _compat.counters()["padded_steps"] += 1
-        return self.padded(*args)
+        return self.padded(*args, key=self._known_by(args))
+
+    def _known_by(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What tells apart calls that reach us through one and the same graph of Dynamo's: sizes, where they are dynamic.
+
+        Dynamo has looked at everything else just now, at parameters above all.
+        """
+        if self._data is None:
+            self._data = tuple(i for i, x in enumerate(args) if not isinstance(x, torch.nn.Parameter))
+        data = [args[i] for i in self._data]
+        sizes = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in data]
+        return (torch.is_grad_enabled(), *sizes)
 
     def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
         """The inputs that the body has besides those of the graph, or None when the padded graph should run."""
@@ -116,6 +131,18 @@ class PackedProgram:
             taken.add(n)
             rows.append(n)
         return rows
+
+
+def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
+    """Masks that are `x != 0` and nothing else's business are given as `x`: one kernel less before the host can go on."""
+    (output,) = (n for n in plan.graph.nodes if n.op == "output")
+    results = list(output.args[0])
+    for i, mask in enumerate(results[:masks]):
+        if mask.target is torch.ops.aten.ne.Scalar and mask.args[1] == 0 and set(mask.users) == {output}:
+            results[i] = mask.args[0]
+    output.args = (tuple(results),)
+    plan.graph.eliminate_dead_code()
+    plan.recompile()
 
 
 def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from helpers import run_python
-from varlen_inductor import backend, config
+from varlen_inductor import backend, config, nested
 
 Batches = Sequence[dict[str, Tensor]]
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -103,7 +103,7 @@ def test_more_graphs_than_one_code_object_may_have() -> None:
             def call(x: Tensor, attention_mask: Tensor, model: nn.Module = model) -> Tensor:
                 return model(x, attention_mask)
 
-            compiled, batch = compile_(backend.with_own_code(call), fullgraph=True), feature_batch(LENGTHS[0], width=width)
+            compiled, batch = compile_(nested.with_own_code(call), fullgraph=True), feature_batch(LENGTHS[0], width=width)
             with torch.no_grad():
                 assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
     assert graphs_compiled() == 10

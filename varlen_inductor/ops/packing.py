@@ -110,17 +110,17 @@ class PendingPlan:
     """A plan whose number of rows is not fixed yet: everything about it that does not need that number is under way.
 
     Args:
-        mask: (B, S) bool, True at valid positions.
+        mask: (B, S) of any dtype, not zero at valid positions.
         round_to: rows are rounded up to a multiple of this.
 
     ``count`` (1,) int64 is the number of valid positions, on the device of the mask.
     """
 
     def __init__(self, mask: Tensor, round_to: int) -> None:
-        self.mask = mask
         self.round_to = round_to
         self._early = plan_kernels.plan(mask, round_to) if plan_kernels.available(mask) else None
-        self.count = self._early[3] if self._early else mask.sum().view(1)
+        self.mask = mask if self._early or mask.dtype == torch.bool else mask != 0
+        self.count = self._early[3] if self._early else self.mask.sum().view(1)
 
     def rows_for(self, count: int) -> int:
         """The number of packed rows for ``count`` valid positions: rounded up, with at least one dead row.

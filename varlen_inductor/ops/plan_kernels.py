@@ -1,4 +1,4 @@
-"""The plan on CUDA: two small Triton kernels instead of a dozen operators.
+"""The plan on CUDA: one or two small Triton kernels instead of a dozen operators.
 
 The plan stands between the host and the rest of a packed step: until the host knows the number of tokens it can launch nothing
 else. So everything that does not need that number is launched before the host asks for it.
@@ -20,6 +20,7 @@ except ImportError:  # PyTorch without Triton
 
 _BLOCK = 1024
 _MOST_ROWS = 4096
+_MOST_READ = 2**22
 
 
 def available(mask: Tensor) -> bool:
@@ -31,7 +32,7 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
 
     Args:
-        mask: (B, S) bool, True at valid positions.
+        mask: (B, S) of any dtype, not zero at valid positions.
         round_to: positive: ``cu_seqlens`` (B+2,) ends at the first multiple of it that is larger than the number of valid
             positions (dead rows are a sequence of their own); 0: ``cu_seqlens`` (B+1,) ends at that number.
     """
@@ -42,9 +43,12 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inverse = torch.empty_like(index)
     cu_seqlens = torch.empty(batch + (2 if round_to else 1), dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int64, device=device)
-    rows = torch.empty((2, batch), dtype=torch.int32, device=device)
-    _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
-    padded_batch = triton.next_power_of_2(batch)
+    # No row knows where its tokens go before all rows are counted. To count them again in every program costs less than one more
+    # kernel, as long as that is not much to read.
+    alone = batch * mask.numel() <= _MOST_READ
+    rows = count if alone else torch.empty((2, batch), dtype=torch.int32, device=device)
+    if not alone:
+        _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
     _fill[(batch,)](
         mask,
         rows,
@@ -56,8 +60,9 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch,
         round_to,
         BLOCK=_BLOCK,
-        BATCH=padded_batch,
+        BATCH=triton.next_power_of_2(batch),
         ROUND=bool(round_to),
+        ALONE=alone,
     )
     return index, inverse, cu_seqlens, count
 
@@ -72,11 +77,40 @@ if triton is not None:
         first = length
         for start in range(0, length, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            valid = tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0).to(tl.int32)
+            valid = (tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0) != 0).to(tl.int32)
             total += tl.sum(valid, 0)
             first = tl.minimum(first, tl.min(tl.where(valid != 0, at, length), 0))
         tl.store(rows + b, total)
         tl.store(rows + batch + b, first)
+
+    @triton.jit
+    def _totals_of_rows(rows, length, batch, BATCH: tl.constexpr):
+        """From what `_count_rows` found: tokens before this program's row and in it, all tokens, and the position of one."""
+        b = tl.program_id(0)
+        every = tl.arange(0, BATCH)
+        lengths = tl.load(rows + every, mask=every < batch, other=0)
+        firsts = tl.load(rows + batch + every, mask=every < batch, other=0)
+        before = tl.sum(tl.where(every < b, lengths, 0), 0)
+        own = tl.sum(tl.where(every == b, lengths, 0), 0)
+        first = tl.min(tl.where((every < batch) & (lengths > 0), every * length + firsts, batch * length), 0)
+        return before, own, tl.sum(lengths, 0), first
+
+    @triton.jit
+    def _totals_of_mask(mask, length, batch, BLOCK: tl.constexpr):
+        """The same, counted once more by every program."""
+        b = tl.program_id(0)
+        before = 0
+        own = 0
+        total = 0
+        first = batch * length
+        for start in range(0, batch * length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            valid = (tl.load(mask + at, mask=at < batch * length, other=0) != 0).to(tl.int32)
+            before += tl.sum(tl.where(at < b * length, valid, 0), 0)
+            own += tl.sum(tl.where((at >= b * length) & (at < (b + 1) * length), valid, 0), 0)
+            total += tl.sum(valid, 0)
+            first = tl.minimum(first, tl.min(tl.where(valid != 0, at, batch * length), 0))
+        return before, own, total, first
 
     @triton.jit
     def _fill(
@@ -92,18 +126,15 @@ if triton is not None:
         BLOCK: tl.constexpr,
         BATCH: tl.constexpr,
         ROUND: tl.constexpr,
+        ALONE: tl.constexpr,
     ):
         b = tl.program_id(0)
-        every = tl.arange(0, BATCH)
-        lengths = tl.load(rows + every, mask=every < batch, other=0)
-        firsts = tl.load(rows + batch + every, mask=every < batch, other=0)
-        before = tl.sum(tl.where(every < b, lengths, 0), 0)
-        own = tl.sum(tl.where(every == b, lengths, 0), 0)
-        total = tl.sum(lengths, 0)
+        if ALONE:
+            before, own, total, some = _totals_of_mask(mask, length, batch, 4 * BLOCK)
+        else:
+            before, own, total, some = _totals_of_rows(rows, length, batch, BATCH)
         positions = batch * length
-        # Some valid position, for dead rows to repeat; position 0 if there is none.
-        some = tl.min(tl.where((every < batch) & (lengths > 0), every * length + firsts, positions), 0)
-        some = tl.where(total > 0, some, 0)
+        some = tl.where(total > 0, some, 0)  # a valid position for dead rows to repeat; position 0 if there is none
         tl.store(cu_seqlens + b + 1, before + own)
         if b == 0:
             tl.store(cu_seqlens, 0)
@@ -114,7 +145,7 @@ if triton is not None:
         rank = before
         for start in range(0, length, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            valid = tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0).to(tl.int32)
+            valid = (tl.load(mask + b.to(tl.int64) * length + at, mask=at < length, other=0) != 0).to(tl.int32)
             place = rank + tl.cumsum(valid, 0) - 1
             here = (b * length + at).to(tl.int64)
             tl.store(index + place, here, mask=(at < length) & (valid != 0))
