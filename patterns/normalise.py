@@ -29,7 +29,7 @@ from torch._ops import HigherOrderOperator
 
 from varlen_inductor import _compat
 
-from . import einsum, fused_inference, recompute
+from . import einsum, fused_inference, recompute, written_out
 from .aliasing import Storages, written_nodes
 from .simplify import drop_identities, drop_unused, inline_numbers
 
@@ -315,7 +315,7 @@ class _Recorder(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for rewritten in (fused_inference, einsum):
+        for rewritten in (fused_inference, einsum, written_out):
             decomposition = rewritten.decomposition(target, args, kwargs)
             if decomposition is not None:
                 return decomposition(*args, **kwargs)

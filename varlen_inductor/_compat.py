@@ -415,6 +415,17 @@ def keys_after_autograd(keyset: Any) -> Any:
     return keyset & torch._C._after_autograd_keyset
 
 
+def reaches_the_kernel(keyset: Any) -> bool:
+    """Whether an operator called with this keyset goes straight to the kernel of a device: nobody records, wraps or traces.
+
+    ``DispatchKeySet.highestPriorityTypeId`` was read in 2.11, 2.13.
+    """
+    return keyset.highestPriorityTypeId() in _DEVICE_KEYS  # type: ignore[no-any-return]
+
+
+_DEVICE_KEYS = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
+
+
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a gradient is asked for one of them, in one C++ call. Read in 2.11, 2.13."""
     return bool(torch._C._any_requires_grad(*tensors))

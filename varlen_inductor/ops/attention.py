@@ -194,13 +194,22 @@ torch.library.register_fake("varlen_inductor::varlen_attn_backward", _fake_backw
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _below(
+    op: Any, kernel: Callable[..., tuple[Tensor, Tensor, Tensor]], keyset: Any, args: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator without autograd; its kernel itself where the dispatcher would find nothing else, for that is cheaper."""
+    with _compat.below_autograd():
+        if _compat.reaches_the_kernel(keyset):
+            return kernel(*args, **options)
+        return op.redispatch(keyset, *args, **options)  # type: ignore[no-any-return]
+
+
 class _VarlenAttn(torch.autograd.Function):
     """The operator with its gradient. Every tensor comes by position, as autograd wants it."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, options: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _compat.below_autograd():
-            out, lse, rng_state = varlen_attn.redispatch(keyset, *args, **options)
+        out, lse, rng_state = _below(varlen_attn, _forward, keyset, args, options)
         query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k = args
         tensors = {name: options.pop(name) for name in _TENSOR_OPTIONS if name in options}
         ctx.save_for_backward(out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
@@ -245,8 +254,7 @@ def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
     options.setdefault("kernels", config.kernels)
     if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
         return _VarlenAttn.apply(below, options, *args)
-    with _compat.below_autograd():
-        return varlen_attn.redispatch(below, *args, **options)
+    return _below(varlen_attn, _forward, below, args, options)
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -254,9 +262,7 @@ class _NoDoubleBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, options: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _compat.below_autograd():
-            gradients: tuple[Tensor, Tensor, Tensor] = varlen_attn_backward.redispatch(keyset, *args, **options)
-        return gradients
+        return _below(varlen_attn_backward, _backward, keyset, args, options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -270,8 +276,7 @@ def _autograd_backward(keyset: Any, *args: Any, **options: Any) -> Any:
     below = _compat.keys_after_autograd(keyset)
     if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:8]):
         return _NoDoubleBackward.apply(below, options, *args)
-    with _compat.below_autograd():
-        return varlen_attn_backward.redispatch(below, *args, **options)
+    return _below(varlen_attn_backward, _backward, below, args, options)
 
 
 LIBRARY.impl("varlen_attn", _autograd, "Autograd", with_keyset=True)

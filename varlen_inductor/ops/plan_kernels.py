@@ -99,18 +99,19 @@ if triton is not None:
     def _totals_of_mask(mask, length, batch, BLOCK: tl.constexpr):
         """The same, counted once more by every program."""
         b = tl.program_id(0)
-        before = 0
-        own = 0
-        total = 0
-        first = batch * length
+        # Elementwise in the loop, summed once: a sum over the block costs more than to read it.
+        before = tl.zeros((BLOCK,), tl.int32)
+        own = tl.zeros((BLOCK,), tl.int32)
+        total = tl.zeros((BLOCK,), tl.int32)
+        first = tl.zeros((BLOCK,), tl.int32) + batch * length
         for start in range(0, batch * length, BLOCK):
             at = start + tl.arange(0, BLOCK)
             valid = (tl.load(mask + at, mask=at < batch * length, other=0) != 0).to(tl.int32)
-            before += tl.sum(tl.where(at < b * length, valid, 0), 0)
-            own += tl.sum(tl.where((at >= b * length) & (at < (b + 1) * length), valid, 0), 0)
-            total += tl.sum(valid, 0)
-            first = tl.minimum(first, tl.min(tl.where(valid != 0, at, batch * length), 0))
-        return before, own, total, first
+            before += tl.where(at < b * length, valid, 0)
+            own += tl.where((at >= b * length) & (at < (b + 1) * length), valid, 0)
+            total += valid
+            first = tl.minimum(first, tl.where(valid != 0, at, batch * length))
+        return tl.sum(before, 0), tl.sum(own, 0), tl.sum(total, 0), tl.min(first, 0)
 
     @triton.jit
     def _fill(
