@@ -423,6 +423,19 @@ def reaches_the_kernel(keyset: Any) -> bool:
     return keyset.highestPriorityTypeId() in _DEVICE_KEYS  # type: ignore[no-any-return]
 
 
+def nothing_intercepts(*tensors: torch.Tensor | None) -> bool:
+    """Whether operators on these tensors just compute: no mode, no transform, no subclass and no gradient is in the way.
+
+    Read in 2.11, 2.13.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(x is None or type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    )
+
+
 _DEVICE_KEYS = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
 
 

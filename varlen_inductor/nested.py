@@ -54,7 +54,8 @@ class Nested:
             route = self._routes.get(key)
             if route is not None:
                 return route(args)
-        self._running.calls = calls = []
+        calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+        self._running.calls = calls
         try:
             result = self._compiled(*args)
         finally:

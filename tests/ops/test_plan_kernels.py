@@ -24,6 +24,6 @@ def compare() -> None:
             index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4)
             rows = (count // 4 + 1) * 4
             assert int(found) == count
-            if 0 < count and rows <= mask.numel():
+            if count > 0 and rows <= mask.numel():
                 for kernel, expected in zip((index[:rows], inverse, cu_seqlens), packing.plan_packed(mask, rows), strict=True):
                     assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)

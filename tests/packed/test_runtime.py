@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from helpers import run_python
-from varlen_inductor import backend, config, nested
+from varlen_inductor import config, nested
 
 Batches = Sequence[dict[str, Tensor]]
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

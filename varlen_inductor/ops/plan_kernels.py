@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varlen_inductor.ops.backends.launch import Launcher
+
 try:
     import triton
     import triton.language as tl
@@ -49,21 +51,10 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = count if alone else torch.empty((2, batch), dtype=torch.int32, device=device)
     if not alone:
         _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
-    _fill[(batch,)](
-        mask,
-        rows,
-        index,
-        inverse,
-        cu_seqlens,
-        count,
-        length,
-        batch,
-        round_to,
-        BLOCK=_BLOCK,
-        BATCH=triton.next_power_of_2(batch),
-        ROUND=bool(round_to),
-        ALONE=alone,
-    )
+    key = (device, mask.dtype, mask.data_ptr() % 16, batch, length, round_to)
+    numbers = (length, batch, round_to)
+    constants = (_BLOCK, triton.next_power_of_2(batch), bool(round_to), alone)
+    _launch_fill((batch, 1, 1), key, mask, rows, index, inverse, cu_seqlens, count, *numbers, *constants)
     return index, inverse, cu_seqlens, count
 
 
@@ -155,3 +146,5 @@ if triton is not None:
         for start in range(total + b * BLOCK, positions, batch * BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(index + at, tl.zeros((BLOCK,), tl.int64) + some, mask=at < positions)
+
+    _launch_fill = Launcher(_fill)

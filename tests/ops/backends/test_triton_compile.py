@@ -28,7 +28,7 @@ KERNELS = {
 }
 TYPES = {
     **dict.fromkeys(("lse", "delta"), "*fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "used_k", "end", "end_q", "end_k"), "*i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "used_k", "ends", "ends_q", "ends_k"), "*i32"),
     **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
     **dict.fromkeys(("scale", "scale_out", "keep"), "fp32"),
     "threshold": "i64",

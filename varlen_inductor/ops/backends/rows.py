@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from varlen_inductor.ops.backends.launch import Launcher, kind
+
 try:
     import triton
     import triton.language as tl
@@ -27,7 +29,9 @@ BLOCK = 4096
 def finish_forward(out: Tensor, lse: Tensor, cu_seq_q: Tensor) -> None:
     """In ``out`` (T_q, H, D) zeroes the rows behind the last sequence; in ``lse`` (H, T_q) makes them, and +inf, -inf."""
     if _with_triton(out):
-        _finish_forward[(PROGRAMS,)](out, lse, cu_seq_q[-1:], out.shape[0], out.stride(0), lse.numel(), BLOCK=BLOCK)
+        numbers = (out.shape[0], out.stride(0), lse.numel(), cu_seq_q.shape[0] - 1)
+        key = (out.device, out.dtype, cu_seq_q.data_ptr() % 16, *map(kind, numbers))
+        _launch_forward((PROGRAMS, 1, 1), key, out, lse, cu_seq_q, *numbers, BLOCK)
         return
     behind = torch.arange(out.shape[0], device=out.device) >= cu_seq_q[-1]
     out.masked_fill_(behind[:, None, None], 0.0)
@@ -38,17 +42,11 @@ def finish_backward(grads: tuple[Tensor, Tensor, Tensor], cu_seq_q: Tensor, cu_s
     """Zeroes the rows behind the last sequence in the gradients of query, key and value, which are contiguous."""
     grad_query, grad_key, grad_value = grads
     if _with_triton(grad_query):
-        _finish_backward[(PROGRAMS,)](
-            *grads,
-            cu_seq_q[-1:],
-            cu_seq_k[-1:],
-            grad_query.shape[0],
-            grad_key.shape[0],
-            grad_query.stride(0),
-            grad_key.stride(0),
-            grad_value.stride(0),
-            BLOCK=BLOCK,
-        )
+        rows = (grad_query.shape[0], grad_key.shape[0], cu_seq_q.shape[0] - 1)
+        numbers = (*rows, grad_query.stride(0), grad_key.stride(0), grad_value.stride(0))
+        aligned = (cu_seq_q.data_ptr() % 16, cu_seq_k.data_ptr() % 16)
+        key = (grad_query.device, grad_query.dtype, *aligned, *map(kind, numbers))
+        _launch_backward((PROGRAMS, 1, 1), key, *grads, cu_seq_q, cu_seq_k, *numbers, BLOCK)
         return
     for grad, offsets in ((grad_query, cu_seq_q), (grad_key, cu_seq_k), (grad_value, cu_seq_k)):
         behind = torch.arange(grad.shape[0], device=grad.device) >= offsets[-1]
@@ -70,7 +68,8 @@ if triton is not None:
             tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < stop)
 
     @triton.jit
-    def _finish_forward(out, lse, end, rows, row_size, lse_size, BLOCK: tl.constexpr):
+    def _finish_forward(out, lse, ends, rows, row_size, lse_size, sequences, BLOCK: tl.constexpr):
+        end = ends + sequences
         _zero_behind(out, end, rows, row_size, BLOCK)
         program, programs = tl.program_id(0), tl.num_programs(0)
         first_behind = tl.load(end)
@@ -85,15 +84,18 @@ if triton is not None:
         grad_query,
         grad_key,
         grad_value,
-        end_q,
-        end_k,
+        ends_q,
+        ends_k,
         rows_q,
         rows_k,
+        sequences,
         row_size_q,
         row_size_k,
         row_size_v,
         BLOCK: tl.constexpr,
     ):
-        _zero_behind(grad_query, end_q, rows_q, row_size_q, BLOCK)
-        _zero_behind(grad_key, end_k, rows_k, row_size_k, BLOCK)
-        _zero_behind(grad_value, end_k, rows_k, row_size_v, BLOCK)
+        _zero_behind(grad_query, ends_q + sequences, rows_q, row_size_q, BLOCK)
+        _zero_behind(grad_key, ends_k + sequences, rows_k, row_size_k, BLOCK)
+        _zero_behind(grad_value, ends_k + sequences, rows_k, row_size_v, BLOCK)
+
+    _launch_forward, _launch_backward = Launcher(_finish_forward), Launcher(_finish_backward)
