@@ -8,6 +8,7 @@ name, by a *key*, the calls that are alike, and from the second on Dynamo is pas
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -87,16 +88,23 @@ class _Route(NamedTuple):
     """What Dynamo did with a call: which compiled graph it called, with which arguments, and what it made of the results."""
 
     compiled: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    results: tuple[tuple[bool, Any], ...]
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    results: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
-    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        made = self.compiled(*[args[x.place] if isinstance(x, _Argument) else x for x in self.arguments])
-        return tuple([made[x] if from_graph else x for from_graph, x in self.results])
+    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.results(tuple(self.compiled(*self.arguments(args))))
 
 
-class _Argument(NamedTuple):
-    place: int
+def _selection(places: Sequence[int], constants: Sequence[Any], available: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What takes, from a tuple of so many values with the constants behind them, those at the places. Quick: there are hundreds."""
+    behind = tuple(constants)
+    if len(places) == 0:
+        return lambda values: ()
+    if len(places) == 1:
+        (place,) = places
+        return (lambda values: (values[place],)) if place < available else (lambda values: behind)
+    pick = operator.itemgetter(*places)
+    return (lambda values: pick(values + behind)) if behind else pick
 
 
 def _route(calls: list[tuple[Any, tuple[Any, ...], Any]], args: tuple[Any, ...], result: Any) -> _Route | None:
@@ -107,24 +115,25 @@ def _route(calls: list[tuple[Any, tuple[Any, ...], Any]], args: tuple[Any, ...],
     places = {id(x): i for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
     if len(places) != sum(isinstance(x, torch.Tensor) for x in args) or not isinstance(made, (tuple, list)):
         return None
-    arguments: list[Any] = []
-    for x in given:
-        if isinstance(x, torch.Tensor) and id(x) in places:
-            arguments.append(_Argument(places[id(x)]))
-        elif type(x) is int:
-            arguments.append(x)  # a size; the key fixes them all
-        else:
-            return None
     made_at = {id(x): i for i, x in enumerate(made) if isinstance(x, torch.Tensor)}
-    results: list[tuple[bool, Any]] = []
-    for x in result:
-        if isinstance(x, torch.Tensor) and id(x) in made_at:
-            results.append((True, made_at[id(x)]))
+    arguments = _traced_back(given, places, len(args))  # integers among them are sizes, which the key fixes
+    results = _traced_back(result, made_at, len(made))
+    return None if arguments is None or results is None else _Route(compiled, arguments, results)
+
+
+def _traced_back(values: Sequence[Any], places: dict[int, int], available: int) -> Callable[..., tuple[Any, ...]] | None:
+    """The selection that makes ``values``, its tensors known by their places, or None if one is not known."""
+    chosen: list[int] = []
+    constants: list[Any] = []
+    for x in values:
+        if isinstance(x, torch.Tensor) and id(x) in places:
+            chosen.append(places[id(x)])
         elif x is None or type(x) in (int, bool, float):
-            results.append((False, x))
+            chosen.append(available + len(constants))
+            constants.append(x)
         else:
             return None
-    return _Route(compiled, tuple(arguments), tuple(results))
+    return _selection(chosen, constants, available)
 
 
 _numbers = itertools.count()

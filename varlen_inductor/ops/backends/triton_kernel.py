@@ -6,6 +6,7 @@ positions and the gradient of lse, and compute the same every time. ``triton_for
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.launch import Launcher
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -93,8 +95,7 @@ def was_measured_on(device: torch.device) -> bool:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
-    from varlen_inductor.ops.backends.triton_forward import forward_kernel
-
+    launch = _launcher("triton_forward", "forward_kernel")
     (tokens, heads, _), dim_v = query.shape, value.shape[2]
     blocks = _tiles(query, value, rule).forward
     out = query.new_empty(tokens, heads, dim_v)
@@ -102,24 +103,27 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     rng_state = _new_rng_state(query, rule)
     query, scale = _positive_scale(query, rule.scale)
     grid = (-(-max(layout.max_q, 1) // blocks.queries), heads, _sequences(layout) + 1)
-    with torch.cuda.device_of(query):
-        forward_kernel[grid](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            *_data(layout, rule, rng_state),
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *out.stride()[:2],
-            _sequences(layout),
-            tokens,
-            scale * math.log2(math.e),
-            *_numbers(rule),
-            **_constants(query, key, value, rule, blocks),
-        )
+    data = _data(layout, rule, rng_state)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *out.stride()[:2])
+    constants = _constants(query, key, value, rule, blocks)
+    launch(
+        grid,
+        (_kinds(query, key, value, *data), strides, rule, constants),
+        query,
+        key,
+        value,
+        out,
+        lse,
+        *data,
+        *strides,
+        _sequences(layout),
+        tokens,
+        scale * math.log2(math.e),
+        *_numbers(rule),
+        *constants,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
     return out, lse, rng_state
 
 
@@ -136,46 +140,54 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    from varlen_inductor.ops.backends.triton_backward import key_kernel, query_kernel
-
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     query, scale = _positive_scale(query, rule.scale)
     operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     data = _data(layout, rule, rng_state)
     sequences, log_scale, tiles = _sequences(layout), scale * math.log2(math.e), _tiles(query, value, rule)
-    with torch.cuda.device_of(query):
-        blocks = tiles.query_gradient
-        query_kernel[-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1](
-            *operands,
-            grad_query,
-            *data,
-            *strides,
-            *grad_query.stride()[:2],
-            sequences,
-            query.shape[0],
-            log_scale,
-            rule.scale,
-            *_numbers(rule),
-            **_constants(query, key, value, rule, blocks),
-        )
-        blocks = tiles.key_gradient
-        key_kernel[-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1](
-            *operands,
-            grad_key,
-            grad_value,
-            *data,
-            *strides,
-            *grad_key.stride()[:2],
-            *grad_value.stride()[:2],
-            sequences,
-            query.shape[0],
-            key.shape[0],
-            log_scale,
-            scale,
-            *_numbers(rule),
-            **_constants(query, key, value, rule, blocks),
-        )
+    kinds = _kinds(query, key, value, grad_out, *data)
+    blocks = tiles.query_gradient
+    constants = _constants(query, key, value, rule, blocks)
+    _launcher("triton_backward", "query_kernel")(
+        (-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1),
+        (kinds, strides, rule, constants),
+        *operands,
+        grad_query,
+        *data,
+        *strides,
+        *grad_query.stride()[:2],
+        sequences,
+        query.shape[0],
+        log_scale,
+        rule.scale,
+        *_numbers(rule),
+        *constants,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    blocks = tiles.key_gradient
+    constants = _constants(query, key, value, rule, blocks)
+    _launcher("triton_backward", "key_kernel")(
+        (-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1),
+        (kinds, strides, rule, constants),
+        *operands,
+        grad_key,
+        grad_value,
+        *data,
+        *strides,
+        *grad_key.stride()[:2],
+        *grad_value.stride()[:2],
+        sequences,
+        query.shape[0],
+        key.shape[0],
+        log_scale,
+        scale,
+        *_numbers(rule),
+        *constants,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
     return grad_query, grad_key, grad_value
 
 
@@ -231,21 +243,33 @@ def _numbers(rule: Rule) -> tuple[int, float, int, int]:
     return threshold, threshold / 2**32, rule.window_left, rule.window_right
 
 
-def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks) -> dict[str, Any]:
-    return {
-        "GROUPS": query.shape[1] // key.shape[1],
-        "DIM": query.shape[2],
-        "DIM_V": value.shape[2],
-        "BLOCK_D": _padded(query.shape[2]),
-        "BLOCK_DV": _padded(value.shape[2]),
-        "BLOCK_M": blocks.queries,
-        "BLOCK_N": blocks.keys,
-        "LEFT": rule.window_left != UNBOUNDED,
-        "RIGHT": rule.window_right != UNBOUNDED,
-        "PRECISION": _precision(query, value),
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
-    }
+def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks) -> tuple[Any, ...]:
+    """The kernels' constants from GROUPS on, in their order."""
+    return (
+        query.shape[1] // key.shape[1],
+        query.shape[2],
+        value.shape[2],
+        _padded(query.shape[2]),
+        _padded(value.shape[2]),
+        blocks.queries,
+        blocks.keys,
+        rule.window_left != UNBOUNDED,
+        rule.window_right != UNBOUNDED,
+        _precision(query, value),
+    )
+
+
+def _kinds(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What of these a compiled kernel depends on."""
+    (first, *_) = tensors
+    assert first is not None
+    kinds = [x if x is None else (x.data_ptr() % 16, x.dtype) for x in tensors]
+    return (first.device, *kinds)
+
+
+@cache
+def _launcher(module: str, kernel: str) -> Launcher:
+    return Launcher(getattr(importlib.import_module(f"varlen_inductor.ops.backends.{module}"), kernel))
 
 
 def _tiles(query: Tensor, value: Tensor, rule: Rule) -> Tiles:
