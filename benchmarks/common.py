@@ -98,6 +98,26 @@ def interleaved_wall_ms(
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
 
+def queued_ms(functions: dict[str, Callable[[], Any]], device: str, *, repeat: int = 20, rounds: int = 3) -> dict[str, float]:
+    """Median over rounds of the time per call of functions that are called ``repeat`` times in a row, the device never waited for.
+
+    This is how training runs: the host works on the next step while the device works on this one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / repeat)
+    return {name: statistics.median(values) * 1e3 for name, values in times.items()}
+
+
 def save(name: str, device: str, rows: Any, output: Path | None = None) -> Path:
     """Write results as JSON, beside what they depend on."""
     folder = output or RESULTS

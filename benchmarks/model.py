@@ -2,7 +2,8 @@
 
     python benchmarks/model.py [--device cuda|cpu] [--config NAME ...] [--mode default|reduce-overhead] [--output FOLDER]
 
-The *limit* is the padded time multiplied by the share of valid tokens: what it would be if all cost scaled with tokens.
+``wall_ms`` is a step with the device idle before and after it, ``queued_ms`` one of many that are enqueued one after another, as
+in training. The *limit* is the padded time multiplied by the share of valid tokens, as if all cost scaled with tokens.
 *By hand* packs the tokens once with PyTorch's own ``varlen_attn`` (CUDA) inside the compiled model, its token count from
 ``nonzero``.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleaved_wall_ms, save
+from common import interleaved_wall_ms, queued_ms, save
 from torch import Tensor, nn
 
 
@@ -216,8 +217,10 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
             todo[name]()
             first[name] = time.perf_counter() - start
         times = interleaved_wall_ms(todo, device, repeat=repeat)
+        queued = queued_ms(todo, device, repeat=repeat)
         base = times["plain torch.compile"]
         times["limit (padded x density)"] = base * density
+        queued["limit (padded x density)"] = queued["plain torch.compile"] * density
         for name, ms in times.items():
             row = {
                 "config": config.name,
@@ -227,6 +230,8 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
                 "variant": name,
                 "wall_ms": ms,
                 "speedup": base / ms,
+                "queued_ms": queued[name],
+                "queued_speedup": queued["plain torch.compile"] / queued[name],
             }
             if name in todo:
                 row |= {"first_call_s": first[name], "gpu_busy_ms": gpu_busy_ms(todo[name]), "peak_mib": memory_of(todo[name])}
@@ -235,12 +240,12 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'config':14} {'phase':17} {'mode':16} {'variant':26} {'wall ms':>9} {'x':>6} {'GPU ms':>8} {'MiB':>8} {'first s':>8}")
+    numbers = (("wall_ms", 2), ("speedup", 2), ("queued_ms", 2), ("queued_speedup", 2), ("gpu_busy_ms", 2), ("peak_mib", 0))
+    columns = (*numbers, ("first_call_s", 1))
+    print(f"{'config':14} {'phase':17} {'mode':16} {'variant':26}", *(f"{name:>14}" for name, _ in columns))
     for r in rows:
-        busy, peak, first = r.get("gpu_busy_ms"), r.get("peak_mib"), r.get("first_call_s")
-        cells = [f"{v:8.{d}f}" if v is not None else " " * 8 for v, d in ((busy, 2), (peak, 0), (first, 1))]
-        head = f"{r['config']:14} {r['phase']:17} {r['mode']:16} {r['variant']:26}"
-        print(f"{head} {r['wall_ms']:9.2f} {r['speedup']:6.2f} {' '.join(cells)}")
+        cells = ["" if r.get(name) is None else f"{r[name]:.{digits}f}" for name, digits in columns]
+        print(f"{r['config']:14} {r['phase']:17} {r['mode']:16} {r['variant']:26}", *(f"{cell:>14}" for cell in cells))
 
 
 def main() -> None:
