@@ -32,15 +32,25 @@ class Config:
     heads: int
     layers: int
     kind: str = "encoder"
+    """Or Hugging Face's BERT: "masked language model" (returns logits of the whole vocabulary) or "classification"."""
+    lengths: str = "uniform"
+    """Or those of paragraphs of Python's documentation in words ("text"), or no padding at all ("full")."""
 
 
+MLM, CLASSIFICATION = "masked language model", "classification"
 CONFIGS = {
     "cuda": (
         Config("B32 S512", 32, 512, 768, 12, 12),
         Config("B8 S2048", 8, 2048, 1024, 16, 8),
-        Config("HF BERT-base", 32, 512, 768, 12, 12, "bert"),
+        Config("HF BERT-base", 32, 512, 768, 12, 12, MLM),
+        Config("all valid", 32, 512, 768, 12, 12, lengths="full"),
     ),
-    "cpu": (Config("B8 S256 E768", 8, 256, 768, 12, 2), Config("HF BERT, text", 16, 128, 384, 6, 6, "bert")),
+    "cpu": (
+        Config("B8 S256 E768", 8, 256, 768, 12, 2),
+        Config("HF BERT, labels", 16, 128, 384, 6, 6, CLASSIFICATION, "text"),
+        Config("HF BERT, MLM", 16, 128, 384, 6, 6, MLM, "text"),
+        Config("all valid", 8, 256, 768, 12, 2, lengths="full"),
+    ),
 }
 
 
@@ -104,16 +114,15 @@ class ByHand(nn.Module):
 
 
 def make(config: Config, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The model, a batch, and the mask of valid positions.
-
-    Lengths are uniform between 1 and the whole length, or those of paragraphs of Python's own documentation in words.
-    """
+    """The model, a batch, and the mask of valid positions."""
     generator = torch.Generator().manual_seed(1)
-    if config.name.endswith("text"):
+    if config.lengths == "text":
         from varlen_inductor.demo import paragraphs
 
         words = torch.tensor([len(text.split()) for text in paragraphs()])
         lengths = words[torch.randperm(len(words), generator=generator)[: config.batch]].clamp(max=config.length)
+    elif config.lengths == "full":
+        lengths = torch.full((config.batch,), config.length)
     else:
         lengths = torch.randint(1, config.length + 1, (config.batch,), generator=generator)
     mask = (torch.arange(config.length)[None] < lengths[:, None]).to(device)
@@ -124,18 +133,19 @@ def make(config: Config, device: str, dtype: torch.dtype) -> tuple[nn.Module, di
     else:
         import transformers
 
-        model = transformers.BertForMaskedLM(
-            transformers.BertConfig(
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * config.width,
-                max_position_embeddings=max(512, config.length),
-            )
+        shape = transformers.BertConfig(
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=max(512, config.length),
         )
+        model = (transformers.BertForMaskedLM if config.kind == MLM else transformers.BertForSequenceClassification)(shape)
     model = model.to(device=device, dtype=dtype)
     batch = {"input_ids": ids, "attention_mask": mask.long()}
-    if config.kind == "bert":
+    if config.kind == CLASSIFICATION:
+        batch["labels"] = torch.randint(2, (config.batch,), device=device)
+    if config.kind == MLM:
         batch["labels"] = torch.where(mask & (torch.rand(mask.shape, device=device) < 0.15), ids, -100)
     return model, batch, mask
 
@@ -173,7 +183,7 @@ def steps(
         if mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         out = program(**batch)
-        loss = out.loss if config.kind == "bert" else (out * weight).float().square().mean()
+        loss = out.loss if config.kind != "encoder" else (out * weight).float().square().mean()
         loss.backward()
         for p in parameters:
             p.grad = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from varlen_inductor import config
     from varlen_inductor.explanation import Explanation, explain
     from varlen_inductor.inductor_pass import VarlenPass
-    from varlen_inductor.ops import AuxRequest, varlen_attn
+    from varlen_inductor.ops import AuxRequest, varlen_attn, varlen_attn_out
     from varlen_inductor.switch import disable, enable
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "enable",
     "explain",
     "varlen_attn",
+    "varlen_attn_out",
 ]
 
 # The parent of every logger of the package must exist before PyTorch's logging meets its name, or its children are given
@@ -39,6 +40,7 @@ logging.getLogger(__name__)
 _HOME = {
     "AuxRequest": "varlen_inductor.ops",
     "varlen_attn": "varlen_inductor.ops",
+    "varlen_attn_out": "varlen_inductor.ops",
     "explain": "varlen_inductor.explanation",
     "Explanation": "varlen_inductor.explanation",
     "enable": "varlen_inductor.switch",

@@ -340,7 +340,13 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
     chosen = choose_kernel(problem, config.kernels)
     if chosen.backend.name == "math" and query.device.type != "cpu":
         raise SiteRefused(site, "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items()))
-    sites.lines[site].kernel = chosen.backend.name
+    line = sites.lines[site]
+    line.kernel, line.other_kernels = chosen.backend.name, dict(chosen.refused)
+    if _trains(site):
+        behind = choose_kernel(problem, config.kernels, True).backend.name
+        if behind != line.kernel:
+            line.kernel = f"{line.kernel}, backward {behind}"
+            line.other_kernels.pop(behind, None)
     return chosen.backend.name
 
 

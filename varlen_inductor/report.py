@@ -46,7 +46,9 @@ class Site:
     reason: str = ""
     """Why it was kept, or why it was not given a faster form."""
     kernel: str = ""
-    """The kernel that computes it, as far as it is known when the graph is compiled."""
+    """The kernel that computes it, and that of its backward if it is another, as far as is known when the graph is compiled."""
+    other_kernels: dict[str, str] = field(default_factory=dict)
+    """Why each of the other kernels does not."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Report:
     def keep_all(self, reason: str) -> None:
         """Turn every decision into "kept": what happens when a later step fails or finds that it would not pay."""
         for site in self.sites:
-            site.decision, site.form, site.kernel, site.reason = "kept", "", "", reason
+            site.decision, site.form, site.kernel, site.other_kernels, site.reason = "kept", "", "", {}, reason
         self.regions.clear()
 
     def see_before(self, gm: fx.GraphModule) -> None:
@@ -284,6 +286,7 @@ def render(report: Report, width: int = 120) -> str:
             for number, site in enumerate(report.sites)
         ]
         blocks.append(table(header, rows, width))
+        blocks.extend(_kernels(report.sites))
     for number, region in enumerate(report.regions):
         head = (
             f"region {number}: {_count(region.nodes_packed, 'operation')} on the tokens where {region.mask};"
@@ -295,6 +298,18 @@ def render(report: Report, width: int = 120) -> str:
     if report.error:
         blocks.append(report.error.rstrip())
     return "\n\n".join(blocks)
+
+
+def _kernels(sites: Sequence[Site]) -> Iterator[str]:
+    """For each kernel that is used, why the others are not: once for all attentions that it is the same for."""
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    for number, site in enumerate(sites):
+        if site.kernel:
+            found.setdefault((site.kernel, tuple(site.other_kernels.items())), []).append(number)
+    for (kernel, others), numbers in found.items():
+        of = "all" if len(numbers) == len(sites) else ", ".join(map(str, numbers))
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in others)
+        yield f"kernel of {of}: {kernel}" + (f" ({reasons})" if reasons else "")
 
 
 def _decision(site: Site) -> str:

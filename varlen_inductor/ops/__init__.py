@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from varlen_inductor.ops import flops  # noqa: F401  (registers the formulas)
-from varlen_inductor.ops.api import AuxRequest, varlen_attn
+from varlen_inductor.ops.api import AuxRequest, varlen_attn, varlen_attn_out
 
-__all__ = ["AuxRequest", "varlen_attn"]
+__all__ = ["AuxRequest", "varlen_attn", "varlen_attn_out"]

@@ -114,6 +114,68 @@ def varlen_attn(
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
+def varlen_attn_out(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: AuxRequest | None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`varlen_attn` into a tensor that is there already. It has no gradient.
+
+    The kernels write a tensor of their own, which is then copied: this is for callers that need the result at its place, it saves
+    no memory.
+
+    Args:
+        out: shape (T_q, H_q, D_v), dtype and device of ``query``; any strides. Overwritten.
+
+    Returns:
+        ``out``; with ``return_aux.lse`` also lse.
+
+    Raises:
+        TypeError, ValueError: as for :func:`varlen_attn`, and if ``out`` does not fit.
+        RuntimeError: a gradient is asked for.
+    """
+    _check_types(out=out, query=query, key=key, value=value)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, key, value)):
+        raise RuntimeError("varlen_attn_out has no gradient: call varlen_attn, or this one under torch.no_grad()")
+    expected = (*query.shape[:-1], value.shape[-1])
+    if out.shape != expected or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; it must be {query.dtype} of shape {expected} on "
+            f"{query.device}: that of query, with the head dim of value"
+        )
+    result, lse = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=enable_gqa,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        num_splits=num_splits,
+    )
+    out.copy_(result)
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
 def _check_types(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):

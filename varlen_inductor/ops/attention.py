@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, config
-from varlen_inductor.ops.backends import choose
+from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 from varlen_inductor.ops.validate import check_lengths, check_operands
 
@@ -122,8 +122,13 @@ def run_forward(
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
-    backend = choose(Problem.of(query, key, value, layout, rule), kernels).backend
-    return backend.forward(query, key, value, layout, rule)
+    problem = Problem.of(query, key, value, layout, rule)
+    backend = choose(problem, kernels, False, fallback.failed(problem, False)).backend
+    try:
+        return backend.forward(query, key, value, layout, rule)
+    except Exception as error:
+        fallback.note(error, backend, problem, kernels, False)
+    return run_forward(query, key, value, layout, rule, kernels)
 
 
 def run_backward(
@@ -144,8 +149,13 @@ def run_backward(
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
-    backend = choose(Problem.of(query, key, value, layout, rule), kernels, True).backend
-    return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    problem = Problem.of(query, key, value, layout, rule)
+    backend = choose(problem, kernels, True, fallback.failed(problem, True)).backend
+    try:
+        return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    except Exception as error:
+        fallback.note(error, backend, problem, kernels, True)
+    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
 def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:

@@ -52,23 +52,29 @@ def _order(problem: Problem, backward: bool) -> tuple[Backend, ...]:
 
 
 @lru_cache(maxsize=1024)
-def choose(problem: Problem, kernels: str = "auto", backward: bool = False) -> Choice:
+def choose(problem: Problem, kernels: str = "auto", backward: bool = False, failed: frozenset[str] = frozenset()) -> Choice:
     """The first backend that supports ``problem``, for its forward or its backward.
 
-    ``kernels`` is the knob ``varlen_inductor.config.kernels``: ``"auto"``, or the name of the one to use.
-    Raises ``ValueError`` for a name that no backend has, ``RuntimeError`` if the one that was asked for cannot run the
-    problem.
+    Args:
+        kernels: the knob ``varlen_inductor.config.kernels``.
+        failed: the names of backends that raised when they were to run this problem.
+
+    Raises:
+        ValueError: ``kernels`` is not understood, or names a backend that there is not.
+        RuntimeError: no backend that it leaves can run the problem.
     """
-    if kernels != "auto" and kernels not in backend_names():
-        raise ValueError(f"config.kernels is {kernels!r}; it must be 'auto' or one of {', '.join(backend_names())}")
+    forced, forbidden = named(kernels)
     chosen: Backend | None = None
     refused: dict[str, str] = {}
-    for backend in _order(problem, backward):
-        if kernels not in ("auto", backend.name):
-            refused[backend.name] = f"config.kernels asks for {kernels}"
-            continue
-        reason = backend.supports(problem)
-        if reason is not None:
+    order = _order(problem, backward)
+    if forced:
+        order = tuple(sorted(order, key=lambda backend: forced.index(backend.name) if backend.name in forced else len(forced)))
+    for backend in order:
+        if (forced and backend.name not in forced) or backend.name in forbidden:
+            refused[backend.name] = f"config.kernels is {kernels!r}"
+        elif backend.name in failed:
+            refused[backend.name] = "it raised an error before"
+        elif (reason := backend.supports(problem)) is not None:
             refused[backend.name] = reason
         elif chosen is None:
             chosen = backend
@@ -78,3 +84,23 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False) -> C
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"varlen_attn: no kernel can run this attention ({reasons})")
     return Choice(chosen, refused)
+
+
+def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The backends that ``config.kernels`` leaves, in its order (none: all), and those that it forbids.
+
+    Raises:
+        ValueError: it is not understood, or names a backend that there is not.
+    """
+    if kernels == "auto":
+        return (), frozenset()
+    names = [name.strip() for name in kernels.split(",")]
+    known = backend_names()
+    if all(name.startswith("-") and name[1:] in known for name in names):
+        return (), frozenset(name[1:] for name in names)
+    if all(name in known for name in names):
+        return tuple(names), frozenset()
+    raise ValueError(
+        f"config.kernels is {kernels!r}; it must be 'auto', names to choose from, as 'triton,cpu', or names to do without, as "
+        f"'-triton'; there are {', '.join(known)}"
+    )
