@@ -47,7 +47,7 @@ CONFIGS = {
     ),
     "cpu": (
         Config("B8 S256 E768", 8, 256, 768, 12, 2),
-        Config("HF BERT, labels", 16, 128, 384, 6, 6, CLASSIFICATION, "text"),
+        Config("HF BERT, labels", 64, 128, 384, 6, 6, CLASSIFICATION, "text"),
         Config("HF BERT, MLM", 16, 128, 384, 6, 6, MLM, "text"),
         Config("all valid", 8, 256, 768, 12, 2, lengths="full"),
     ),

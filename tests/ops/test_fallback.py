@@ -48,6 +48,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, error: Exception, part: str = "for
 
     broken = replace(cpu.BACKEND, **{part: raises})
     monkeypatch.setattr(backends, "BACKENDS", (broken, math.BACKEND))
+    backends.choose.cache_clear()
     return calls
 
 

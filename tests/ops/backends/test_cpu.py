@@ -63,6 +63,25 @@ def test_choice() -> None:
     assert choose(problem, "math").backend.name == "math"
     with pytest.raises(RuntimeError, match=r"no kernel can run this attention \(.*triton: it runs on CUDA only"):
         choose(problem, "triton")
-    unknown = r"config\.kernels is 'fastest'; it must be 'auto' or one of aten_flash, triton, cpu, math"
-    with pytest.raises(ValueError, match=unknown):
-        choose(problem, "fastest")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "chosen"),
+    [("auto", "cpu"), ("math,cpu", "math"), ("triton, math", "math"), ("-cpu", "math"), ("-triton,-aten_flash", "cpu")],
+)
+def test_choice_from_some(kernels: str, chosen: str) -> None:
+    case = make_case((6, 9))
+    choice = choose(Problem.of(*case.operands[:3], Layout(*case.operands[3:]), Rule(1.0)), kernels)
+    assert choice.backend.name == chosen
+    for name in {"aten_flash", "triton", "cpu", "math"} - {chosen}:
+        assert choice.refused[name]
+    if chosen == "math":
+        assert choice.refused["cpu"] in (f"config.kernels is {kernels!r}", "math comes first")
+
+
+@pytest.mark.parametrize("kernels", ["fastest", "-fastest", "cpu,-math", "", "cpu,", "auto,cpu"])
+def test_kernels_that_there_are_not(kernels: str) -> None:
+    case = make_case((6, 9))
+    problem = Problem.of(*case.operands[:3], Layout(*case.operands[3:]), Rule(1.0))
+    with pytest.raises(ValueError, match=r"config\.kernels is .*; it must be 'auto', names .*; there are aten_flash, triton, cpu"):
+        choose(problem, kernels)
