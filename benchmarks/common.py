@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, str]:
         "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "commit": commit,
     }
     if device == "cuda":
@@ -40,6 +40,15 @@ def environment(device: str) -> dict[str, str]:
         found["triton"] = triton.__version__
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
+
+
+def _command() -> str:
+    """The command line, but for where the results go: that is nobody else's."""
+    words = ["python", *sys.argv]
+    if "--output" in words:
+        at = words.index("--output")
+        words[at : at + 2] = []
+    return " ".join(words)
 
 
 def median_ms(function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5) -> float:
