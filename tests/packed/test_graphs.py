@@ -278,6 +278,8 @@ graph 0/0: 1 of 1 attention rewritten, 14 operations on valid tokens only, in 1 
 0  scaled_dot_product_attention  key: valid[b, k]  rewritten (packed)  cpu
    attend (line)
 
+kernel of all: cpu (not aten_flash: it runs on CUDA only; not triton: it runs on CUDA only; not math: cpu comes first)
+
 region 0: 14 operations on the tokens where valid[b, k]; 1 pack, 1 unpack
 edge    value        why                          source
 ------  -----------  ---------------------------  ------------------------------------
