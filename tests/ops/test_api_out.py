@@ -39,14 +39,18 @@ def test_writes_what_varlen_attn_returns(compiled: bool) -> None:
 def test_has_no_gradient() -> None:
     case = make_case((5, 3))
     case.query.requires_grad_()
-    with pytest.raises(RuntimeError, match="varlen_attn_out has no gradient: call varlen_attn, or this one under torch.no_grad"):
+    with pytest.raises(RuntimeError, match="varlen_attn_out has no gradient: call varlen_attn"):
         varlen_attn_out(torch.empty_like(case.query), *case.operands)
 
 
 @pytest.mark.parametrize(
-    "out", [torch.empty(8, 2, 7), torch.empty(7, 2, 8), torch.empty(8, 2, 8, dtype=torch.float64), torch.empty(8, 2, 8, device="meta")]
+    "out",
+    [torch.empty(8, 2, 7), torch.empty(7, 2, 8), torch.empty(8, 2, 8, dtype=torch.float64), torch.empty(8, 2, 8, device="meta")],
 )
 def test_says_what_does_not_fit(out: torch.Tensor) -> None:
     case = make_case((5, 3))
-    with torch.no_grad(), pytest.raises(ValueError, match=r"out is torch.* of shape .*; it must be torch.float32 of shape \(8, 2, 8\)"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"out is .*; it must be torch.float32 of shape \(8, 2, 8\)"),
+    ):
         varlen_attn_out(out, *case.operands)
