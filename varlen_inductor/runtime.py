@@ -102,12 +102,14 @@ class PackedProgram:
         outcome = self.plan(*args)
         masks, flags = outcome[: self.domains], outcome[self.domains :]
         pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
-        # One tensor and one copy, so that the host waits for the device once.
-        known = [plan.count for plan in pending] + [flag.to(torch.int64).view(1) for flag in flags]
-        numbers = (known[0] if len(known) == 1 else torch.cat(known)).tolist()
-        counts = numbers[: self.domains]
+        # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then, as
+        # with no valid token, the padded graph runs.
+        found = [plan.count for plan in pending]
+        for flag in flags:
+            found[0] = found[0] * flag
+        counts = (found[0] if len(found) == 1 else torch.cat(found)).tolist()
         positions = [mask.numel() for mask in masks]
-        if not all(numbers) or sum(counts) > self.max_density * sum(positions):
+        if not all(counts) or sum(counts) > self.max_density * sum(positions):
             return None
         rows = self._rows(pending, counts, args)
         if sum(rows) >= sum(positions):
