@@ -102,8 +102,8 @@ class PackedProgram:
         outcome = self.plan(*args)
         masks, flags = outcome[: self.domains], outcome[self.domains :]
         pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
-        # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then, as
-        # with no valid token, the padded graph runs.
+        # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then,
+        # as with no valid token, the padded graph runs.
         found = [plan.count for plan in pending]
         for flag in flags:
             found[0] = found[0] * flag
