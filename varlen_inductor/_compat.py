@@ -282,6 +282,8 @@ def ddp_optimizer_class() -> Any:
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+# Whether Dynamo can trace a graph with these calls, as a nested compile makes it do. 2.11 cannot, 2.13 can; the class came with it.
+DYNAMO_TRACES_AUTOCAST_CALLS = hasattr(torch.amp.autocast_mode, "_UnmanagedAutocast")
 
 
 def storage_id(value: torch.Tensor) -> int:

@@ -62,7 +62,7 @@ class Sites:
 
     def give_up(self, site: fx.Node, reason: str) -> None:
         line = self.lines.pop(site)
-        line.decision, line.form, line.kernel, line.reason = "kept", "", "", reason
+        line.decision, line.form, line.kernel, line.other_kernels, line.reason = "kept", "", "", {}, reason
         remove_site(site)
 
 
@@ -121,12 +121,24 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
         return Rewrite(made)
     partial = _compat.is_partial_graph(gm) or _compat.called_by_uncompiled_code()
     attempts: list[regions.Mode] = ["model", "attention"] if mode == "model" else ["attention"]
+    if mode == "model" and not _compat.DYNAMO_TRACES_AUTOCAST_CALLS and _enters_autocast(gm):
+        attempts = ["attention"]
+        made.notes.append(
+            "the model is not packed as a whole: it enters autocast, and Dynamo of this PyTorch cannot compile such a graph a "
+            "second time; enter autocast outside of the compiled function, or take PyTorch 2.13"
+        )
     for attempt in attempts:
         rewrite = _rewrite_until_settled(sites, made, attempt, partial)
         if rewrite is not None:
             made.see_after(rewrite.gm)  # type: ignore[arg-type]
             return rewrite
     return Rewrite(made)
+
+
+def _enters_autocast(gm: fx.GraphModule) -> bool:
+    """Whether the graph, or one that its higher-order operators are given, changes autocast itself."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(graph.find_nodes(op="call_function", target=_compat.ENTER_AUTOCAST) for graph in graphs)
 
 
 def _may_have_attention(gm: fx.GraphModule) -> bool:

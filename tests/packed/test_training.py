@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from varlen_inductor import _compat, report
+
 
 class Tagger(nn.Module):
     """Blocks between an embedding and a classifier of each token, with the loss inside."""
@@ -96,7 +98,12 @@ class Inside(nn.Module):
         return self.head(x.float())
 
 
-@pytest.mark.parametrize("where", ["inside", "outside"])
+NEEDS_AUTOCAST_CALLS = pytest.mark.skipif(
+    not _compat.DYNAMO_TRACES_AUTOCAST_CALLS, reason="Dynamo of this PyTorch cannot trace a graph that enters autocast"
+)
+
+
+@pytest.mark.parametrize("where", [pytest.param("inside", marks=NEEDS_AUTOCAST_CALLS), "outside"])
 def test_autocast(where: str) -> None:
     """As far from float32 as eager is under autocast, not farther; and really in bfloat16."""
     model = Inside() if where == "inside" else Blocks()
@@ -122,6 +129,21 @@ def test_autocast(where: str) -> None:
                 assert 0 < error <= 2 * usual + 2e-3
     assert steps() == (2, 0) and graphs_compiled() == 1
     assert (seen[0].packed, seen[0].padded) == (8 + (where == "inside"), 0)
+
+
+def test_autocast_inside_where_dynamo_cannot_trace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the attention alone is rewritten, and the note says why."""
+    monkeypatch.setattr(_compat, "DYNAMO_TRACES_AUTOCAST_CALLS", False)
+    model = Inside().eval()
+    batch = feature_batch(LENGTHS[0])
+    with packing(), report.collect() as reports, torch.no_grad():
+        found = compile_(copy.deepcopy(model))(**batch)
+        valid = batch["attention_mask"]
+        torch.testing.assert_close(found[valid], model(**batch)[valid], rtol=3e-2, atol=3e-2)
+    assert steps() == (0, 0)
+    (seen,) = (one for one in reports if one.sites)
+    assert all(site.form in ("zero rows", "exact") for site in seen.rewritten) and seen.rewritten
+    assert any("it enters autocast" in note for note in seen.notes)
 
 
 def without_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
