@@ -58,11 +58,19 @@ def model(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return groups
 
 
+def compile_time(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(row["phase"].replace("+", "\n+ "), {})[row["variant"]] = 1.0 / row["ratio"]
+    return groups
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     for kind, read, title in (
         ("attention", attention, "One attention over a padded batch"),
         ("model", model, "A whole model over a padded batch"),
+        ("compile", compile_time, "Compiling a 12-layer BERT"),
     ):
         for path in sorted(folder.glob(f"{kind}-*.json")):
             content = json.loads(path.read_text())

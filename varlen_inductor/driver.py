@@ -89,8 +89,19 @@ def compile_graph(
         return inner.compile(rewrite.gm, example_inputs)
     symbolic = any(isinstance(x, torch.SymInt) for x in example_inputs)
     return runtime.PackedProgram(
-        plan=rewrite.plan, body=rewrite.gm, padded=gm, domains=rewrite.domains, inner=inner, dynamic=True if symbolic else None
+        plan=rewrite.plan,
+        body=rewrite.gm,
+        padded=gm,
+        domains=rewrite.domains,
+        varying=[i for i, x in enumerate(example_inputs) if not _is_fixed(x)],
+        inner=inner,
+        dynamic=True if symbolic else None,
     )
+
+
+def _is_fixed(example: Any) -> bool:
+    """Whether Dynamo lets only inputs of this size and these strides reach the graph: it has given a fake without symbols."""
+    return _compat.is_fake(example) and all(isinstance(n, int) for n in (*example.shape, *example.stride()))
 
 
 def rewrite_in_place(gm: fx.GraphModule) -> report.Report:
@@ -289,8 +300,8 @@ def _refuse_what_needs_facts(choice: regions.Choice) -> None:
 def _stays_in_place(choice: regions.Choice) -> bool:
     """Whether no row need be moved: each sequence comes first in its row, and all queries are packed.
 
-    Not in training on CUDA: measured on one H200, the forward gains by it (2.3 instead of 1.6 times the speed of padded SDPA at
-    head dim 64), but the backward of packed rows is faster by more than their copies cost.
+    Not in training on CUDA: the forward gains by it, but the backward of packed rows is faster by more than their copies cost
+    (benchmarks/attention.py on one H200, before and after; docs/benchmarks at f5f851b has the numbers).
     """
     inside = {node for region in choice.regions for node in region.nodes}
     return all(

@@ -30,6 +30,7 @@ class PackedProgram:
         body: the packed graph: the same inputs, then ``index``, ``inverse`` and ``cu_seqlens`` of each domain.
         padded: the graph as Dynamo gave it.
         domains: how many there are.
+        varying: which inputs (by place) may differ in size or stride from call to call.
         inner: compiles both.
         dynamic: ``True`` when sizes of the inputs are symbolic, else None.
     """
@@ -41,6 +42,7 @@ class PackedProgram:
         body: fx.GraphModule,
         padded: fx.GraphModule,
         domains: int,
+        varying: Sequence[int],
         inner: InnerCompiler,
         dynamic: bool | None,
     ) -> None:
@@ -48,9 +50,9 @@ class PackedProgram:
         # The generated function itself: calling the module costs several times as much, on the way of every step.
         self.plan = plan.forward
         self.domains = domains
+        self.varying = tuple(varying)
         self.sizes_vary = dynamic is not False and dynamic is not None
         self._sizes: frozenset[int] | None = None
-        self._data: tuple[int, ...] | None = None
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
@@ -87,14 +89,9 @@ class PackedProgram:
         return self.padded(*args, key=self._known_by(args))
 
     def _known_by(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """What tells apart calls that reach us through one and the same graph of Dynamo's: sizes, where they are dynamic.
-
-        Dynamo has looked at everything else just now, at parameters above all.
-        """
-        if self._data is None:
-            self._data = tuple(i for i, x in enumerate(args) if not isinstance(x, torch.nn.Parameter))
-        data = [args[i] for i in self._data]
-        sizes = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in data]
+        """What tells apart calls that reach us through one and the same graph of Dynamo's. It has looked at the rest just now."""
+        inputs = [args[i] for i in self.varying]
+        sizes = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in inputs]
         return (torch.is_grad_enabled(), *sizes)
 
     def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:

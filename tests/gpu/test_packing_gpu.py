@@ -14,8 +14,13 @@ SHAPES = [(1, 1), (1, 7), (3, 5), (8, 1024), (33, 1500), (64, 512), (257, 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
-def test_kernels_agree_with_operators(shape: tuple[int, int], share: float) -> None:
+@pytest.mark.parametrize("most_read", [2**22, 0], ids=["one kernel", "two kernels"])
+def test_kernels_agree_with_operators(
+    shape: tuple[int, int], share: float, most_read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_kernels, "_MOST_READ", most_read)
     mask = torch.rand(shape) < share
+    assert all(map(torch.equal, plan_kernels.plan(mask.cuda().long() * 3, 16), plan_kernels.plan(mask.cuda(), 16)))
     assert plan_kernels.available(mask.cuda())
     for kernel, expected in zip(torch.ops.varlen_inductor.plan_static(mask.cuda()), packing.plan_static(mask)):
         same = kernel.cpu() == expected

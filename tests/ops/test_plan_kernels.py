@@ -14,10 +14,16 @@ def test_kernels_agree_with_operators() -> None:
 
 
 def compare() -> None:
-    """Run by the test where Triton interprets: masks of several shapes, all padding and all tokens among them."""
+    """Run by the test where Triton interprets: masks of several shapes, all padding and all tokens among them, by either way."""
+    for plan_kernels._MOST_READ in (2**22, 0):
+        compare_all()
+
+
+def compare_all() -> None:
     for shape in [(1, 1), (3, 5), (4, 40), (2, 1030)]:
         for share in (0.0, 0.1, 0.5, 1.0):
             mask = torch.rand(shape) < share
+            assert all(map(torch.equal, plan_kernels.plan(mask.long() * 3, 4), plan_kernels.plan(mask, 4)))
             for kernel, expected in zip(plan_kernels.plan(mask, 0)[:3], packing.plan_static(mask), strict=True):
                 assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)
             count = int(mask.sum())

@@ -49,9 +49,9 @@ def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # kernel, as long as that is not much to read.
     alone = batch * mask.numel() <= _MOST_READ
     rows = count if alone else torch.empty((2, batch), dtype=torch.int32, device=device)
+    key = (device, mask.dtype, mask.data_ptr() % 16, batch, length, round_to, alone)
     if not alone:
-        _count_rows[(batch,)](mask, rows, length, batch, BLOCK=_BLOCK)
-    key = (device, mask.dtype, mask.data_ptr() % 16, batch, length, round_to)
+        _launch_count((batch, 1, 1), key, mask, rows, length, batch, _BLOCK)
     numbers = (length, batch, round_to)
     constants = (_BLOCK, triton.next_power_of_2(batch), bool(round_to), alone)
     _launch_fill((batch, 1, 1), key, mask, rows, index, inverse, cu_seqlens, count, *numbers, *constants)
@@ -147,4 +147,4 @@ if triton is not None:
             at = start + tl.arange(0, BLOCK)
             tl.store(index + at, tl.zeros((BLOCK,), tl.int64) + some, mask=at < positions)
 
-    _launch_fill = Launcher(_fill)
+    _launch_count, _launch_fill = Launcher(_count_rows), Launcher(_fill)
