@@ -37,9 +37,9 @@ def backend_names() -> list[str]:
 def _order(problem: Problem, backward: bool) -> tuple[Backend, ...]:
     """The backends in the order in which they are asked.
 
-    Measured on one H200 (benchmarks/attention.py): with head dims 64 and 128 the Triton forward takes 0.74 to 0.82 of FlashAttention
-    2's time. Its backward is slower than FlashAttention's. Both kernels write the same lse, so one can follow the other, but for
-    dropout, which each draws its own way. With short sequences the launch costs more than the kernel saves.
+    Measured on one H200 (benchmarks/attention.py): with head dims 64 and 128 the Triton forward takes 0.74 to 0.82 of
+    FlashAttention 2's time. Its backward is slower than FlashAttention's. Both kernels write the same lse, so one can follow the
+    other, but for dropout, which each draws its own way. With short sequences the launch costs more than the kernel saves.
     """
     triton_first = (triton_kernel.BACKEND, *(b for b in BACKENDS if b is not triton_kernel.BACKEND))
     if problem.seqused_k:
