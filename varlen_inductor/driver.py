@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, config, report, runtime
+from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions
 from varlen_inductor.patterns import builder as packing
-from varlen_inductor.patterns import demand, facts, oprules, recompute, regions
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
 from varlen_inductor.patterns.domain import Domain
@@ -93,14 +93,18 @@ def compile_graph(
         body=rewrite.gm,
         padded=gm,
         domains=rewrite.domains,
-        varying=[i for i, x in enumerate(example_inputs) if not _is_fixed(x)],
+        varying=[i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if not _is_fixed(node)],
         inner=inner,
         dynamic=True if symbolic else None,
     )
 
 
-def _is_fixed(example: Any) -> bool:
-    """Whether Dynamo lets only inputs of this size and these strides reach the graph: it has given a fake without symbols."""
+def _is_fixed(placeholder: fx.Node) -> bool:
+    """Whether Dynamo lets only inputs of this size and these strides reach the graph: it has given a fake without symbols.
+
+    Parameters are among them, and there are hundreds.
+    """
+    example = placeholder.meta.get("example_value")
     return _compat.is_fake(example) and all(isinstance(n, int) for n in (*example.shape, *example.stride()))
 
 
@@ -276,7 +280,10 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
             build.views[region.domain].plan = Plan(index, inverse, cu_seqlens, dead_sequence=True)
     else:
         _plans_in_graph(build, sites.gm.graph, domains, _stays_in_place(choice))
-    body = recompute.regroup(build.build())
+    built = build.build()
+    if mode == "model":
+        align.align_wide_linears(built)
+    body = recompute.regroup(built)
     _fill_report(made, sites, choice, relied_on, mode)
     return Rewrite(made, body, plan, len(domains))
 
