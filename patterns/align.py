@@ -26,7 +26,7 @@ ALIGNMENT = 8
 MIN_OUTPUTS = 1024
 """Below this a product is too small for its alignment to be worth the copy of the weight."""
 
-# What may read a tensor whose rows are not packed densely: operators that make no view of it, and `reshape`, which copies if it must.
+# What may read a tensor with gaps between its rows: operators that make no view of it, and `reshape`, which copies if it must.
 _READERS = frozenset(
     {
         aten.cross_entropy_loss, aten.log_softmax, aten.softmax, aten.reshape, aten.to, aten._to_copy, aten.argmax, aten.logsumexp,

@@ -104,7 +104,7 @@ def _is_fixed(placeholder: fx.Node) -> bool:
 
     Parameters are among them, and there are hundreds.
     """
-    example = placeholder.meta.get("example_value")
+    example: Any = placeholder.meta.get("example_value")
     return _compat.is_fake(example) and all(isinstance(n, int) for n in (*example.shape, *example.stride()))
 
 
