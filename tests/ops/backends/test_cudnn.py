@@ -54,8 +54,11 @@ class StandIn:
             assert 0 <= keys[i] <= key.max_k
             assert (queries[i] == 0) == (keys[i] == 0), "cuDNN is not asked for sequences without queries or keys"
             if queries[i]:
-                part = {name: self._rows(name, data[name], ends[name][i], queries[i], keys[i]) for name in self.names}
+                rows = {name: self._rows(name, data[name], ends[name][i], queries[i], keys[i]) for name in self.names}
+                part = {name: x.float() for name, x in rows.items()}
                 (self._backward if key.backward else self._forward)(part)
+                for name in self.names:
+                    rows[name].copy_(part[name])
 
     def _rows(self, name: str, pointer: int, start: int, queries: int, keys: int) -> Tensor:
         (_, heads, _, dim), (_, head, token, element) = self.layouts[name]
@@ -76,14 +79,14 @@ class StandIn:
             seen = seen & (distance >= -rule.window_left)
         if rule.window_right >= 0:
             seen = seen & (distance <= rule.window_right)
-        scores = (q @ k.mT).float() * rule.scale
+        scores = (q @ k.mT) * rule.scale
         return torch.where(seen, scores, -math.inf), seen
 
     def _forward(self, part: dict[str, Tensor]) -> None:
         scores, _ = self._scores(part)
         part["stats"].copy_(scores.logsumexp(2, keepdim=True))
         value = part["v"].repeat_interleave(part["q"].shape[0] // part["v"].shape[0], 0)
-        part["o"].copy_(scores.softmax(2).to(value.dtype) @ value)  # NaN where no key is seen
+        part["o"].copy_(scores.softmax(2) @ value)  # NaN where no key is seen
 
     def _backward(self, part: dict[str, Tensor]) -> None:
         scores, _ = self._scores(part)
