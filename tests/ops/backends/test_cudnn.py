@@ -36,13 +36,15 @@ class StandIn:
     _numbers = itertools.count()
 
     def __init__(self, key: Key) -> None:
-        self.key, self.number, self.workspace_size = key, next(self._numbers), 0
+        self.key, self.number, self.workspace_size = key, next(self._numbers), 100
         self.names = cudnn_plan.BACKWARD if key.backward else cudnn_plan.FORWARD
-        self.layouts = cudnn_plan._layouts(key)
+        self.layouts = cudnn_plan.layouts_of(key)
         self.token_strides = tuple(self.layouts[name][1][2] for name in self.names)
+        self.most_rows = 10**6
 
     def run(self, index: int | None, pointers: tuple[int, ...], workspace: int) -> None:
         key, count = self.key, len(self.names)
+        memory(workspace, self.workspace_size, torch.uint8).fill_(255)
         assert len(pointers) == 2 * count + 2
         assert all(pointer % 16 == 0 for pointer in pointers)
         data, offsets = dict(zip(self.names, pointers)), dict(zip(self.names, pointers[count:]))
@@ -109,6 +111,7 @@ def fresh_memory_is_nan() -> None:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cudnn, "plan_for", StandIn)
+    monkeypatch.setattr(cudnn, "_known", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cudnn.BACKEND, supports=lambda problem: None),))
     backends.choose.cache_clear()
@@ -209,6 +212,24 @@ def test_offsets_beyond_32_bits_are_wide() -> None:
         assert key.wide == wide
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_plan_is_found_again() -> None:
+    ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+
+    def plan(tokens: int, ends_k: Tensor = ends, max_q: int = 9, backward: bool = False) -> StandIn:
+        rows = torch.empty(1, 2, 8).expand(tokens, 2, 8)
+        strides = ((16, 8, 1),) * (4 if backward else 3)
+        return cudnn.plan_of(backward, rows, rows, rows, strides, Layout(ends, ends_k, max_q, 9), Rule(1.0))  # type: ignore[return-value]
+
+    first = plan(5)
+    assert plan(999_999) is first
+    assert plan(5, ends.clone()).key == first.key._replace(square=False)
+    assert plan(5, backward=True).key == first.key._replace(backward=True, strides=(*first.key.strides, (16, 8, 1)))
+    wide = plan(2**28)
+    assert wide.key == first.key._replace(wide=True)
+    assert plan(5) is first
+
+
 def test_rounded() -> None:
     for least in (1, 128):
         steps = {cudnn.rounded(n, least) for n in range(1, 4097)}
@@ -233,12 +254,12 @@ def check_places() -> None:
         if backward:
             lse = torch.randn(4, 70)
             lse[1, 3] = -math.inf
-            places, stats = cudnn_rows.place_backward(plan, key, layout, lse)  # type: ignore[arg-type]
+            places, stats = cudnn_rows.place_backward(plan, layout, lse)  # type: ignore[arg-type]
             lse[1, 3] = math.inf
             assert torch.equal(stats, lse.t())
             assert stats.is_contiguous()
         else:
-            places = cudnn_rows.place(plan, key, layout)  # type: ignore[arg-type]
+            places = cudnn_rows.place(plan, layout)  # type: ignore[arg-type]
         assert all(pointer % 16 == 0 for pointer in places.pointers)
         dtype = torch.int64 if wide else torch.int32
         steps = {"q": 96, "k": 16, "v": 32, "o": 64, "stats": 4, "g": 64, "dq": 32, "dk": 16, "dv": 32}

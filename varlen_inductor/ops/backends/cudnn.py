@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.base import Backend
-from varlen_inductor.ops.backends.cudnn_plan import Key, library, plan_for
+from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
@@ -81,12 +81,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     out = query.new_empty((tokens, heads, value.shape[2]))
     stats = query.new_empty((tokens, heads), dtype=torch.float32)
     rng_state = _new_rng_state(query, rule)
-    plan_key = key_of(False, query, key, value, (query.stride(), key.stride(), value.stride()), layout, rule)
-    plan = plan_for(plan_key)
-    places = place(plan, plan_key, layout)
-    workspace = query.new_empty(plan.workspace_size, dtype=torch.uint8)
+    plan = plan_of(False, query, key, value, (query.stride(), key.stride(), value.stride()), layout, rule)
+    places = place(plan, layout)
     pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), stats.data_ptr(), *places.pointers)
-    plan.run(index, pointers + _random_pointers(rng_state), workspace.data_ptr())
+    plan.run(index, pointers + _random_pointers(rng_state), places.workspace)
     return out, finish_forward(out, stats, layout, rule.window_right), rng_state
 
 
@@ -115,14 +113,12 @@ def backward(
     out, layout = out.contiguous(), _contiguous(layout)
     grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
-    plan_key = key_of(True, query, key, value, strides, layout, rule)
-    plan = plan_for(plan_key)
-    places, stats = place_backward(plan, plan_key, layout, lse)
-    workspace = query.new_empty(plan.workspace_size, dtype=torch.uint8)
+    plan = plan_of(True, query, key, value, strides, layout, rule)
+    places, stats = place_backward(plan, layout, lse)
     operands = (query, key, value, out, stats, grad_out, *grads)
     pointers = (*[x.data_ptr() for x in operands], *places.pointers, *_random_pointers(rng_state))
-    plan.run(index, pointers, workspace.data_ptr())
-    if not (plan_key.square and layout.tails_unread):
+    plan.run(index, pointers, places.workspace)
+    if not (plan.key.square and layout.tails_unread):
         finish_backward(grads, layout, rule.window_right)
     if grad_lse is None:
         return grads
@@ -145,14 +141,37 @@ def _through_lse(grad_lse: Tensor, query: Tensor, key: Tensor, lse: Tensor, layo
     return (g * weighted_keys).to(query.dtype), grad_key
 
 
+_known: dict[tuple[object, ...], Plan] = {}
+_MOST_KNOWN = 4096
+
+
+def plan_of(
+    backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
+) -> Plan:
+    """The plan that these operands need, found without working out its key where they were seen before."""
+    _, heads, dim = query.shape
+    _, heads_k, dim_v = value.shape
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, *_ = layout
+    square = seqused_k is None and cu_seq_q.data_ptr() == cu_seq_k.data_ptr()
+    sizes = (heads, heads_k, dim, dim_v, cu_seq_q.shape[0], max_q, max_k)
+    known = (backward, query.device, query.dtype, sizes, strides, square, rule)
+    plan = _known.get(known)
+    rows = max(query.shape[0], key.shape[0])
+    if plan is None or rows > plan.most_rows:
+        plan = plan_for(key_of(backward, query, key, value, strides, layout, rule))
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        if not plan.key.wide:
+            _known[known] = plan
+    return plan
+
+
 def key_of(
     backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
 ) -> Key:
-    """The plan that these operands need."""
+    """All that the plan for these operands depends on."""
     tokens, heads, dim = query.shape
     keys, heads_k, dim_v = value.shape
-    square = layout.seqused_k is None and layout.cu_seq_q.data_ptr() == layout.cu_seq_k.data_ptr()
-    rows = max(tokens, keys)
     # No tensor has a longer step from row to row than one of these.
     step = max(heads * dim, heads * dim_v, *[stride[0] for stride in strides])
     return Key(
@@ -167,8 +186,8 @@ def key_of(
         dim,
         dim_v,
         strides,
-        square,
-        rows * step >= 2**31,
+        layout.seqused_k is None and layout.cu_seq_q.data_ptr() == layout.cu_seq_k.data_ptr(),
+        (max(tokens, keys) + 1) * step >= 2**31,
         rule,
     )
 

@@ -6,9 +6,9 @@ device reads. Names of ``nvidia-cudnn-frontend`` that are not public were read i
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import threading
+from array import array
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -55,19 +55,22 @@ class Plan:
     """A built graph. ``run`` starts it on the current stream.
 
     Attributes:
+        key: what it is for.
         number: tells plans apart in the keys of other caches.
         names: the tensors that have rows, ``FORWARD`` or ``BACKWARD``.
         token_strides: elements from one row to the next, for each of ``names``.
+        most_rows: with more rows an offset may not fit.
         workspace_size: bytes of scratch memory that a run needs.
     """
 
     _numbers = itertools.count()
 
     def __init__(self, key: Key) -> None:
-        self.number = next(Plan._numbers)
+        self.key, self.number = key, next(Plan._numbers)
         self.names = BACKWARD if key.backward else FORWARD
-        layouts = _layouts(key)
+        layouts = layouts_of(key)
         self.token_strides = tuple(layouts[name][1][2] for name in self.names)
+        self.most_rows = (2**63 if key.wide else 2**31) // max(self.token_strides) - 1
         graph = _build(key, layouts, self.names)
         self.workspace_size: int = graph.get_workspace_size()
         graph._prepare_variant_pack_template()
@@ -77,12 +80,12 @@ class Plan:
             raise RuntimeError(f"cuDNN's graph wants the tensors {order}, not 1 to {count}")
         self._graph = graph  # owns what _execute is bound to
         self._execute = graph._execute_with_raw_ptrs
-        self._count, self._pointers = count, ctypes.c_void_p * count
+        self._count = count
 
     def run(self, index: int, pointers: tuple[int, ...], workspace: int) -> None:
         """Run on the current stream of device ``index``, which is the current device."""
-        array = self._pointers(*pointers)
-        self._execute(ctypes.addressof(array), self._count, workspace, _handle(index))
+        numbers = array("Q", pointers)
+        self._execute(numbers.buffer_info()[0], self._count, workspace, _handle(index))
 
 
 _plans: dict[Key, Plan] = {}
@@ -149,7 +152,7 @@ def _handle(index: int) -> int:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def _layouts(key: Key) -> dict[str, tuple[list[int], list[int]]]:
+def layouts_of(key: Key) -> dict[str, tuple[list[int], list[int]]]:
     """Sizes and strides (sequence, head, row, element) of each tensor.
 
     With offsets the stride between sequences is not used, but must look like one.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Key, Plan
+from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Plan
 from varlen_inductor.ops.backends.launch import Launcher, kind
 from varlen_inductor.ops.problem import UNBOUNDED, Layout
 
@@ -35,38 +35,42 @@ _FAR = 2**30
 
 
 class Places(NamedTuple):
-    """Where the sequences lie, on the device, and the pointers that cuDNN gets of it."""
+    """Where the sequences lie, on the device, and what cuDNN gets of it."""
 
     buffer: Tensor
+    """Owns the memory of all the pointers."""
     pointers: tuple[int, ...]
     """Of the offsets of each tensor in the plan's order, then of the numbers of queries and of keys."""
+    workspace: int
+    """The pointer of scratch memory for the plan."""
 
 
-def place(plan: Plan, key: Key, layout: Layout) -> Places:
+def place(plan: Plan, layout: Layout) -> Places:
     """Write down where the sequences lie, for a forward."""
-    places, pitch = _new_places(plan, key, layout.cu_seq_q.device)
+    places = _new_places(plan, layout.cu_seq_q.device)
     if _with_triton(places.buffer):
-        _launch_place(_place_grid(key, 0), _place_key(plan, layout), *_place_args(plan, key, layout, places, pitch))
+        key = _place_key(plan, layout)
+        _launch_place((-(-(plan.key.sequences + 1) // SEQUENCES), 1, 1), key, *_place_args(plan, layout, places))
     else:
-        _place(plan, key, layout, places.buffer, pitch)
+        _place(plan, layout, places.buffer)
     return places
 
 
-def place_backward(plan: Plan, key: Key, layout: Layout, lse: Tensor) -> tuple[Places, Tensor]:
+def place_backward(plan: Plan, layout: Layout, lse: Tensor) -> tuple[Places, Tensor]:
     """The same for a backward; also lse (H, T), as cuDNN reads it: (T, H), and +inf for a query that sees no key.
 
     Every weight is computed as exp(score - lse), so with +inf there is none, whatever became of the scores.
     """
-    places, pitch = _new_places(plan, key, lse.device)
+    places = _new_places(plan, lse.device)
     heads, tokens = lse.shape
     if not _with_triton(lse):
-        _place(plan, key, layout, places.buffer, pitch)
+        _place(plan, layout, places.buffer)
         return places, lse.masked_fill(lse == -math.inf, math.inf).t().contiguous()
     stats = lse.new_empty(tokens, heads)
-    kinds = (*_place_key(plan, layout), kind(tokens))
+    grid = (-(-(plan.key.sequences + 1) // SEQUENCES) - (-tokens // ROWS), 1, 1)
+    *args, last = _place_args(plan, layout, places)
     numbers = (tokens, heads, _power_of_two(heads), ROWS)
-    args = _place_args(plan, key, layout, places, pitch)
-    _launch_place_backward(_place_grid(key, -(-tokens // ROWS)), kinds, *args[:-1], lse, stats, *numbers, args[-1])
+    _launch_place_backward(grid, (*_place_key(plan, layout), kind(tokens)), *args, lse, stats, *numbers, last)
     return places, stats
 
 
@@ -134,25 +138,35 @@ def _alignments(layout: Layout) -> tuple[int, ...]:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _new_places(plan: Plan, key: Key, device: torch.device) -> tuple[Places, int]:
-    """An int32 buffer of rows of ``pitch`` numbers: of queries, of keys, then the offsets, in two rows each if they are wide."""
-    pitch = -(-(key.sequences + 1) // 4) * 4  # cuDNN's pointers are multiples of 16 bytes
-    words = 2 if key.wide else 1
-    count = len(plan.names)
-    buffer = torch.empty((2 + words * count) * pitch, dtype=torch.int32, device=device)
-    start, step = buffer.data_ptr(), 4 * pitch
-    first = start + 2 * step
-    step *= words
-    return Places(buffer, (*range(first, first + count * step, step), start, start + 4 * pitch)), pitch
+def _pitch(plan: Plan) -> int:
+    return -(-(plan.key.sequences + 1) // 4) * 4  # cuDNN's pointers are multiples of 16 bytes
 
 
-def _place(plan: Plan, key: Key, layout: Layout, buffer: Tensor, pitch: int) -> None:
+def _new_places(plan: Plan, device: torch.device) -> Places:
+    """An int32 buffer: the workspace, then rows of ``_pitch`` numbers: of queries, of keys, and offsets, which may be wide."""
+    row = 4 * _pitch(plan)
+    step = 2 * row if plan.key.wide else row
+    workspace, count = _workspace(plan), len(plan.names)
+    buffer = torch.empty((workspace + 2 * row + count * step) // 4, dtype=torch.int32, device=device)
+    start = buffer.data_ptr()
+    lengths = start + workspace
+    offsets = lengths + 2 * row
+    return Places(buffer, (*range(offsets, offsets + count * step, step), lengths, lengths + row), start)
+
+
+def _workspace(plan: Plan) -> int:
+    """The bytes of the workspace, rounded up so that what follows it is aligned."""
+    return -(-plan.workspace_size // 16) * 16
+
+
+def _place(plan: Plan, layout: Layout, buffer: Tensor) -> None:
     """The layout of sequences in PyTorch operations."""
+    pitch, buffer = _pitch(plan), buffer[_workspace(plan) // 4 :]
     queries, keys = _lengths(layout)
     lengths = buffer[: 2 * pitch].view(2, pitch).zero_()
     lengths[0, : queries.shape[0]] = queries
     lengths[1, : keys.shape[0]] = keys
-    offsets = buffer[2 * pitch :].view(torch.int64 if key.wide else torch.int32).view(-1, pitch)
+    offsets = buffer[2 * pitch :].view(torch.int64 if plan.key.wide else torch.int32).view(-1, pitch)
     for row, name, stride in zip(offsets, plan.names, plan.token_strides, strict=True):
         ends = (layout.cu_seq_q if name in OF_QUERIES else layout.cu_seq_k).to(row.dtype) * stride
         row.copy_(torch.cat((ends, ends[-1:].expand(pitch - ends.shape[0]))))
@@ -189,20 +203,15 @@ def _keys_without_queries(layout: Layout, rows: int) -> Tensor:
     return behind | (row - layout.cu_seq_k[sequence] >= _lengths(layout)[1][sequence])
 
 
-def _place_grid(key: Key, more: int) -> tuple[int, int, int]:
-    return -(-(key.sequences + 1) // SEQUENCES) + more, 1, 1
-
-
 def _place_key(plan: Plan, layout: Layout) -> tuple[object, ...]:
-    sequences = layout.cu_seq_q.shape[0] - 1
-    return (plan.number, *_alignments(layout), kind(sequences), layout.seqused_k is not None)
+    return (plan.number, *_alignments(layout), kind(layout.cu_seq_q.shape[0] - 1), layout.seqused_k is not None)
 
 
-def _place_args(plan: Plan, key: Key, layout: Layout, places: Places, pitch: int) -> tuple[object, ...]:
+def _place_args(plan: Plan, layout: Layout, places: Places) -> tuple[object, ...]:
+    key = plan.key
     strides = plan.token_strides + (0,) * (9 - len(plan.names))
-    sequences = layout.cu_seq_q.shape[0] - 1
-    constants = (key.wide, layout.seqused_k is not None, SEQUENCES)
-    return (places.buffer, *_ends(layout), sequences, key.sequences, pitch, *strides, *constants)
+    numbers = (layout.cu_seq_q.shape[0] - 1, key.sequences, _pitch(plan), _workspace(plan) // 4)
+    return (places.buffer, *_ends(layout), *numbers, *strides, key.wide, layout.seqused_k is not None, SEQUENCES)
 
 
 if triton is not None:
@@ -235,6 +244,7 @@ if triton is not None:
         sequences,
         padded,
         pitch,
+        start,
         stride_q,
         stride_k,
         stride_v,
@@ -249,6 +259,7 @@ if triton is not None:
         BACKWARD: tl.constexpr,
         SEQUENCES: tl.constexpr,
     ):
+        buffer += start
         at = program * SEQUENCES + tl.arange(0, SEQUENCES)
         mask = at <= padded
         first_q, first_k, queries, keys, _ = _sequence(ends_q, ends_k, used, at, sequences, HAS_USED)
@@ -275,6 +286,7 @@ if triton is not None:
         sequences,
         padded,
         pitch,
+        start,
         stride_q,
         stride_k,
         stride_v,
@@ -297,6 +309,7 @@ if triton is not None:
             sequences,
             padded,
             pitch,
+            start,
             stride_q,
             stride_k,
             stride_v,
@@ -321,6 +334,7 @@ if triton is not None:
         sequences,
         padded,
         pitch,
+        start,
         stride_q,
         stride_k,
         stride_v,
@@ -353,6 +367,7 @@ if triton is not None:
                 sequences,
                 padded,
                 pitch,
+                start,
                 stride_q,
                 stride_k,
                 stride_v,
