@@ -446,6 +446,14 @@ def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return bool(torch._C._any_requires_grad(*tensors))
 
 
+def current_stream_pointer(index: int) -> int:
+    """The current CUDA stream of device ``index`` as the number that other libraries know it by. Read in 2.11, 2.13.
+
+    The public ``torch.cuda.current_stream`` makes an object of it, which takes longer than many a call.
+    """
+    return torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined,no-any-return,unused-ignore]
+
+
 def below_autocast(device_type: str) -> Any:
     """Context in which operators skip autocast on this kind of device. Read in 2.11, 2.13.
 

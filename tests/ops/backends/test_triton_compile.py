@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from varlen_inductor.ops.backends import rows, triton_backward, triton_forward, triton_kernel
+from varlen_inductor.ops.backends import cudnn_rows, rows, triton_backward, triton_forward, triton_kernel
 
 SHARED_MEMORY = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
@@ -27,8 +27,8 @@ KERNELS = {
     "key_gradient": triton_backward.key_kernel,
 }
 TYPES = {
-    **dict.fromkeys(("lse", "delta"), "*fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "used_k", "ends", "ends_q", "ends_k"), "*i32"),
+    **dict.fromkeys(("lse", "delta", "stats"), "*fp32"),
+    **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends", "ends_q", "ends_k", "buffer"), "*i32"),
     **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
     **dict.fromkeys(("scale", "scale_out", "keep"), "fp32"),
     "threshold": "i64",
@@ -93,3 +93,15 @@ def test_what_is_around_them() -> None:
     compiled(triton_backward.delta_kernel, {**constants, "grad_lse": None}, "bf16", 90)
     compiled(rows._finish_forward, {"BLOCK": rows.BLOCK}, "bf16", 90)
     compiled(rows._finish_backward, {"BLOCK": rows.BLOCK}, "bf16", 90)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("has_used", [False, True])
+def test_what_is_around_cudnn(wide: bool, has_used: bool) -> None:
+    used = {"HAS_USED": has_used}
+    places = {**used, "WIDE": wide, "SEQUENCES": cudnn_rows.SEQUENCES}
+    heads = {"HEADS": 12, "BLOCK_HEADS": 16, "ROWS": cudnn_rows.ROWS}
+    compiled(cudnn_rows._place_kernel, places, "bf16", 90)
+    compiled(cudnn_rows._place_backward_kernel, {**places, **heads}, "bf16", 90)
+    compiled(cudnn_rows._finish_forward_kernel, {**used, **heads, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)
+    compiled(cudnn_rows._finish_backward_kernel, {**used, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)

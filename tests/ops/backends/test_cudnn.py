@@ -1,0 +1,374 @@
+"""What is put around cuDNN's kernels, on the CPU: a stand-in that reads and writes the same memory takes their place.
+
+The kernels themselves are tested in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
+from triton_interpreter import interpret, needs_interpreter
+from varlen_inductor.ops import backends
+from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows
+from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Key
+from varlen_inductor.ops.packing import plan_in_place
+from varlen_inductor.ops.problem import Layout, Problem, Rule
+
+
+def memory(pointer: int, count: int, dtype: torch.dtype) -> Tensor:
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(pointer), dtype=dtype)
+
+
+class StandIn:
+    """A plan whose ``run`` does as cuDNN does: it knows pointers, and the offset and lengths of each sequence."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, key: Key) -> None:
+        self.key, self.number, self.workspace_size = key, next(self._numbers), 100
+        self.names = cudnn_plan.BACKWARD if key.backward else cudnn_plan.FORWARD
+        self.layouts = cudnn_plan.layouts_of(key)
+        self.token_strides = tuple(self.layouts[name][1][2] for name in self.names)
+        self.most_rows = 10**6
+
+    def run(self, index: int | None, pointers: tuple[int, ...], workspace: int) -> None:
+        key, count = self.key, len(self.names)
+        memory(workspace, self.workspace_size, torch.uint8).fill_(255)
+        assert len(pointers) == 2 * count + 2
+        assert all(pointer % 16 == 0 for pointer in pointers)
+        data, offsets = dict(zip(self.names, pointers)), dict(zip(self.names, pointers[count:]))
+        queries, keys = (memory(pointer, key.sequences, torch.int32).tolist() for pointer in pointers[2 * count :])
+        wide = torch.int64 if key.wide else torch.int32
+        ends = {name: memory(offsets[name], key.sequences + 1, wide).tolist() for name in self.names}
+        for i in range(key.sequences):
+            assert 0 <= queries[i] <= key.max_q
+            assert 0 <= keys[i] <= key.max_k
+            assert (queries[i] == 0) == (keys[i] == 0), "cuDNN is not asked for sequences without queries or keys"
+            if queries[i]:
+                rows = {name: self._rows(name, data[name], ends[name][i], queries[i], keys[i]) for name in self.names}
+                part = {name: x.float() for name, x in rows.items()}
+                (self._backward if key.backward else self._forward)(part)
+                for name in self.names:
+                    rows[name].copy_(part[name])
+
+    def _rows(self, name: str, pointer: int, start: int, queries: int, keys: int) -> Tensor:
+        (_, heads, _, dim), (_, head, token, element) = self.layouts[name]
+        count = queries if name in OF_QUERIES else keys
+        assert element == 1
+        last = start + (count - 1) * token + (heads - 1) * head + dim
+        dtype = torch.float32 if name == "stats" else self.key.dtype
+        return memory(pointer, last, dtype).as_strided((heads, count, dim), (head, token, 1), start)
+
+    def _scores(self, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, rule = part["q"], part["k"], self.key.rule
+        k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+        distance = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]
+        if not self.key.square:
+            distance = distance - (k.shape[1] - q.shape[1])
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if rule.window_left >= 0:
+            seen = seen & (distance >= -rule.window_left)
+        if rule.window_right >= 0:
+            seen = seen & (distance <= rule.window_right)
+        scores = (q @ k.mT) * rule.scale
+        return torch.where(seen, scores, -math.inf), seen
+
+    def _forward(self, part: dict[str, Tensor]) -> None:
+        scores, _ = self._scores(part)
+        part["stats"].copy_(scores.logsumexp(2, keepdim=True))
+        value = part["v"].repeat_interleave(part["q"].shape[0] // part["v"].shape[0], 0)
+        part["o"].copy_(scores.softmax(2) @ value)  # NaN where no key is seen
+
+    def _backward(self, part: dict[str, Tensor]) -> None:
+        scores, _ = self._scores(part)
+        weights = (scores - part["stats"]).exp()
+        assert weights.isfinite().all()
+        groups = part["q"].shape[0] // part["k"].shape[0]
+        key, value = (part[name].repeat_interleave(groups, 0) for name in ("k", "v"))
+        delta = (part["g"] * part["o"]).sum(2, keepdim=True)
+        grad_scores = weights * (part["g"] @ value.mT - delta) * self.key.rule.scale
+        part["dq"].copy_(grad_scores @ key)
+        part["dk"].copy_((grad_scores.mT @ part["q"]).unflatten(0, (-1, groups)).sum(1))
+        part["dv"].copy_((weights.mT @ part["g"]).unflatten(0, (-1, groups)).sum(1))
+
+
+def fresh_memory_is_nan() -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cudnn, "plan_for", StandIn)
+    monkeypatch.setattr(cudnn, "_known", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cudnn.BACKEND, supports=lambda problem: None),))
+    backends.choose.cache_clear()
+    fresh_memory_is_nan()
+    yield
+    torch.use_deterministic_algorithms(False)
+    backends.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_and_windows(lengths: str, window: str) -> None:
+    check_against_reference(make_case(*LENGTHS[lengths], heads=(4, 2), dims=(8, 16), window=WINDOWS[window], tail=3))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales(scale: float) -> None:
+    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    key_of = cudnn.key_of
+    monkeypatch.setattr(cudnn, "key_of", lambda *args: key_of(*args)._replace(wide=True))
+    check_against_reference(make_case((5, 0, 7), (3, 2, 7), window=(-1, 0), tail=2))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_used_keys_and_padding_in_place() -> None:
+    used = torch.tensor([2, 0, 5], dtype=torch.int32)
+    check_used(make_case((3, 2, 4), (6, 3, 9), seqused_k=used))
+    mask = torch.arange(6) < torch.tensor([6, 1, 4])[:, None]
+    _, _, ends, used = plan_in_place(mask)
+    case = make_case((18,), seqused_k=used)
+    check_used(case._replace(cu_seq_q=ends, cu_seq_k=ends, max_q=6, max_k=6))
+
+
+def check_used(case) -> None:  # type: ignore[no-untyped-def]
+    used, ends = case.options["seqused_k"].tolist(), case.cu_seq_k.tolist()
+    alive = torch.zeros(case.key.shape[0], dtype=torch.bool)
+    for start, count in zip(ends, used):
+        alive[start : start + count] = True
+    expected, expected_lse = reference(case)
+    wanted = torch.autograd.grad(expected.sum(), case.operands[:3])
+    with torch.no_grad():
+        case.key[~alive] = case.value[~alive] = math.nan
+    out, lse, _ = run(case)
+    assert_close(out, expected, torch.float32, "out")
+    assert_close(lse, expected_lse, torch.float32, "lse")
+    for name, grad, want in zip("qkv", torch.autograd.grad(out.sum(), case.operands[:3]), wanted):
+        assert_close(grad, want, torch.float32, name)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_operands_as_the_kernels_read_them() -> None:
+    strided = make_case((5, 7), dims=(8, 8))
+    offsets = torch.stack([strided.cu_seq_q, strided.cu_seq_q], 1)[:, 0]
+    projection = torch.randn(12, 3, 2, 8, requires_grad=True)
+    query, key, value = projection.unbind(1)
+    check_against_reference(strided._replace(query=query, key=key, value=value, cu_seq_q=offsets))
+    odd = [torch.randn(12, 2, 9)[..., 1:].requires_grad_() for _ in range(3)]
+    check_against_reference(strided._replace(query=odd[0], key=odd[1], value=odd[2]))
+    out, _, _ = run(strided)
+    (grad,) = torch.autograd.grad(out.sum(), strided.query)  # a gradient of strides 0
+    (wanted,) = torch.autograd.grad(reference(strided)[0].sum(), strided.query)
+    assert_close(grad, wanted, torch.float32, "gradient of query")
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def key_for(lengths: tuple[int, ...], tail: int = 0, max_q: int = 100, square: bool = True, backward: bool = False) -> Key:
+    case = make_case(lengths, heads=(4, 2), tail=tail)
+    offsets = case.cu_seq_q, case.cu_seq_q if square else case.cu_seq_k
+    operands = [x.detach() for x in case.operands[:3]]
+    strides = tuple(x.stride() for x in operands)
+    return cudnn.key_of(backward, *operands, strides, Layout(*offsets, max_q, max_q), Rule(0.5))
+
+
+def test_no_plan_depends_on_the_number_of_tokens() -> None:
+    key = key_for((5, 9, 3))
+    assert key == key_for((1, 2, 90), tail=40)
+    assert key == key_for((5, 9, 3), max_q=128)
+    assert key != key_for((5, 9, 3), max_q=129)
+    assert key != key_for((5, 9))
+    assert key != key_for((5, 9, 3), square=False)
+    assert key != key_for((5, 9, 3), backward=True)
+    assert not key.wide
+
+
+def test_offsets_beyond_32_bits_are_wide() -> None:
+    ends = torch.zeros(2, dtype=torch.int32)
+    for step, wide in ((2**20, False), (2**21, True)):
+        rows = torch.empty(1, 2, 8).expand(1024, 2, 8)
+        key = cudnn.key_of(False, rows, rows, rows, ((step, 8, 1),) * 3, Layout(ends, ends, 1, 1), Rule(1.0))
+        assert key.wide == wide
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_plan_is_found_again() -> None:
+    ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+
+    def plan(tokens: int, ends_k: Tensor = ends, max_q: int = 9, backward: bool = False) -> StandIn:
+        rows = torch.empty(1, 2, 8).expand(tokens, 2, 8)
+        strides = ((16, 8, 1),) * (4 if backward else 3)
+        return cudnn.plan_of(backward, rows, rows, rows, strides, Layout(ends, ends_k, max_q, 9), Rule(1.0))  # type: ignore[return-value]
+
+    first = plan(5)
+    assert plan(999_999) is first
+    assert plan(5, ends.clone()).key == first.key._replace(square=False)
+    assert plan(5, backward=True).key == first.key._replace(backward=True, strides=(*first.key.strides, (16, 8, 1)))
+    wide = plan(2**28)
+    assert wide.key == first.key._replace(wide=True)
+    assert plan(5) is first
+
+
+def test_rounded() -> None:
+    for least in (1, 128):
+        steps = {cudnn.rounded(n, least) for n in range(1, 4097)}
+        assert all(step % least == 0 for step in steps)
+        assert all(n <= cudnn.rounded(n, least) < max(n * 9 / 8 + 1, n + least) for n in range(1, 4097))
+        assert len(steps) < 90
+    assert [cudnn.rounded(n, 1) for n in (0, 1, 9, 16, 17, 64, 65)] == [1, 1, 9, 16, 18, 64, 72]
+    assert [cudnn.rounded(n, 128) for n in (0, 1, 512, 513, 2048, 2049)] == [128, 128, 512, 640, 2048, 2304]
+
+
+# --- rows, with PyTorch operations and with the Triton kernels in Triton's interpreter -------------------------------
+
+
+def check_places() -> None:
+    used = torch.tensor([4, 0, 9, 2], dtype=torch.int32)
+    ends_q, ends_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7, 7, 20], [0, 4, 9, 18, 25]))
+    for wide, seqused_k, backward in itertools.product((False, True), (None, used), (False, True)):
+        layout = Layout(ends_q, ends_k, 13, 9, seqused_k)
+        strides = ((96, 8, 1), (16, 8, 1), (32, 16, 1), (64, 16, 1))[: 4 if backward else 3]
+        key = Key(backward, ends_q.device, torch.float16, 6, 128, 128, 4, 2, 8, 16, strides, False, wide, Rule(1.0))
+        plan = StandIn(key)
+        if backward:
+            lse = torch.randn(4, 70)
+            lse[1, 3] = -math.inf
+            places, stats = cudnn_rows.place_backward(plan, layout, lse)  # type: ignore[arg-type]
+            lse[1, 3] = math.inf
+            assert torch.equal(stats, lse.t())
+            assert stats.is_contiguous()
+        else:
+            places = cudnn_rows.place(plan, layout)  # type: ignore[arg-type]
+        assert all(pointer % 16 == 0 for pointer in places.pointers)
+        dtype = torch.int64 if wide else torch.int32
+        steps = {"q": 96, "k": 16, "v": 32, "o": 64, "stats": 4, "g": 64, "dq": 32, "dk": 16, "dv": 32}
+        for name, pointer in zip(plan.names, places.pointers):
+            ends = (ends_q if name in OF_QUERIES else ends_k).tolist()
+            ends += [ends[-1]] * 2
+            assert memory(pointer, 7, dtype).tolist() == [end * steps[name] for end in ends], name
+        counts = [memory(pointer, 6, torch.int32).tolist() for pointer in places.pointers[-2:]]
+        expected = [[3, 4, 0, 13], [4, 5, 0, 7]] if seqused_k is None else [[3, 0, 0, 13], [4, 0, 0, 2]]
+        assert counts == [[*row, 0, 0] for row in expected]
+
+
+def check_finish() -> None:
+    ends_q, ends_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7, 7, 150], [0, 4, 4, 9, 12]))
+    used = torch.tensor([2, 0, 5, 1], dtype=torch.int32)
+    for right, seqused_k, tails_unread in itertools.product((-1, 0, 2), (None, used), (False, True)):
+        layout = Layout(ends_q, ends_k, 143, 5, seqused_k, tails_unread=tails_unread)
+        blind, unused = torch.ones(160, dtype=torch.bool), torch.ones(15, dtype=torch.bool)
+        for i, keys in enumerate((4, 0, 5, 3) if seqused_k is None else (2, 0, 5, 1)):
+            start, stop = ends_q[i : i + 2].tolist()
+            for row in range(start, stop):
+                blind[row] = keys == 0 or (right >= 0 and row - start + keys - (stop - start) + right < 0)
+            if stop > start:
+                unused[int(ends_k[i]) : int(ends_k[i]) + keys] = False
+        written_q, written_k = blind.clone(), unused.clone()
+        if tails_unread:
+            written_q[150:] = written_k[12:] = False
+        out, stats = torch.ones(160, 3, 8), torch.randn(160, 3)
+        lse = cudnn_rows.finish_forward(out, stats, layout, right)
+        rows = slice(0, 150) if tails_unread else slice(None)
+        assert torch.equal(lse[:, rows], torch.where(blind[:, None], -math.inf, stats).t()[:, rows])
+        assert lse.is_contiguous()
+        assert torch.equal(out[rows, 0, 0] == 0, blind[rows])
+        grads = (torch.ones(160, 3, 8), torch.ones(15, 1, 8), torch.ones(15, 1, 16))
+        cudnn_rows.finish_backward(grads, layout, right)
+        for grad, zero, end in zip(grads, (blind, unused, unused), (150, 12, 12)):
+            rows = slice(0, end) if tails_unread else slice(None)
+            assert torch.equal(grad[rows] == 0, zero[rows, None, None].expand(grad[rows].shape))
+
+
+def test_places() -> None:
+    check_places()
+
+
+def test_finish() -> None:
+    check_finish()
+
+
+def check_kernels() -> None:
+    cudnn_rows._with_triton = lambda x: True
+    check_places()
+    check_finish()
+
+
+@needs_interpreter
+def test_kernels() -> None:
+    interpret("ops/backends/test_cudnn", "check_kernels")
+
+
+# --- what it runs ----------------------------------------------------------------------------------------------------
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(torch.device("cpu"), torch.bfloat16, 4, 4, 64, 64)
+    assert cudnn.supports(problem) == "it runs on CUDA only"
+    monkeypatch.setattr(cudnn, "_unavailable", lambda device: None)
+    problem = problem._replace(device=torch.device("cuda", 0))
+    for supported in (
+        {},
+        {"window_right": 0},
+        {"window_left": 5, "window_right": 0},
+        {"dropout_p": 0.1},
+        {"seqused_k": True},
+        {"positions": True},
+        {"head_dim": 128, "head_dim_v": 8, "num_heads_k": 1},
+    ):
+        assert cudnn.supports(problem._replace(**supported)) is None
+    for reason, refused in {
+        "it computes in float16 or bfloat16, not torch.float32": {"dtype": torch.float32},
+        "its head dim is at most 128, not 136": {"head_dim_v": 136},
+        "its head dims are multiples of 8, and these are 64 and 60": {"head_dim_v": 60},
+        "a window that speaks of positions is unknown to it": {"window_right": 0, "positions": True},
+        "its windows end at the query's own key": {"window_left": 5},
+        "it drops no weights inside of a window": {"window_right": 0, "dropout_p": 0.1},
+        "it cannot drop everything": {"dropout_p": 1.0},
+    }.items():
+        assert cudnn.supports(problem._replace(**refused)) == reason
+
+
+def test_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    unavailable = cudnn._unavailable.__wrapped__
+    monkeypatch.setattr(cudnn.importlib.util, "find_spec", lambda name: None)
+    assert unavailable(device) == "nvidia-cudnn-frontend is not installed"
+    monkeypatch.setattr(cudnn.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert unavailable(device) == "it was tested with compute capability 9.0 only, and this device has 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Library:
+        @staticmethod
+        def backend_version() -> int:
+            return 91002
+
+    monkeypatch.setattr(cudnn, "library", Library)
+    assert unavailable(device) == "it needs cuDNN 91900, and 91002 is installed"
+
+    def broken() -> None:
+        raise ImportError("libcudnn.so.9 is not there")
+
+    monkeypatch.setattr(cudnn, "library", broken)
+    assert unavailable(device) == "nvidia-cudnn-frontend cannot be imported: libcudnn.so.9 is not there"

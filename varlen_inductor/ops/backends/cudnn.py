@@ -1,0 +1,241 @@
+"""CUDA: cuDNN's attention kernels, through the package ``nvidia-cudnn-frontend``.
+
+Sequences are cuDNN's batch, each found through its offset in the rows, so packed rows and rows of a padded batch are read where
+they lie. ``cudnn_plan`` holds the plans, ``cudnn_rows`` what else a call launches: one small kernel before cuDNN's and one after.
+
+cuDNN has no gradient through lse (computed here with a second call) and needs a positive scale.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
+from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
+from varlen_inductor.ops.problem import Layout, Problem, Rule
+
+MAX_HEAD_DIM = 128
+OLDEST_CUDNN = 91900
+"""The oldest version that the kernels were tested with. Earlier ones lack packed rows, or have known bugs in them."""
+
+
+def supports(problem: Problem) -> str | None:
+    """Why the kernels cannot run the problem, or ``None``."""
+    if problem.device.type != "cuda":
+        return "it runs on CUDA only"
+    unavailable = _unavailable(problem.device)
+    if unavailable is not None:
+        return unavailable
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 or bfloat16, not {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"its head dim is at most {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
+    if problem.head_dim % 8 or problem.head_dim_v % 8:
+        return f"its head dims are multiples of 8, and these are {problem.head_dim} and {problem.head_dim_v}"
+    return _unknown_window(problem)
+
+
+def _unknown_window(problem: Problem) -> str | None:
+    if problem.windowed and problem.positions:
+        return "a window that speaks of positions is unknown to it"
+    if problem.windowed and problem.window_right != 0:
+        return "its windows end at the query's own key"
+    if problem.windowed and problem.dropout_p > 0.0:
+        return "it drops no weights inside of a window"
+    if problem.dropout_p == 1.0:
+        return "it cannot drop everything"
+    return None
+
+
+@cache
+def _unavailable(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it does not run on ROCm"
+    if importlib.util.find_spec("cudnn") is None:
+        return "nvidia-cudnn-frontend is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it was tested with compute capability 9.0 only, and this device has {major}.{minor}"
+    try:
+        version = library().backend_version()
+    except Exception as error:  # any error at its import, which is not ours, means that it cannot be used
+        return f"nvidia-cudnn-frontend cannot be imported: {error}"
+    return None if version >= OLDEST_CUDNN else f"it needs cuDNN {OLDEST_CUDNN}, and {version} is installed"
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every sequence; see ``Forward``."""
+    index = query.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return forward(query, key, value, layout, rule)
+    if rule.scale <= 0.0:
+        query, rule, _ = _with_positive_scale(query, rule)
+    query, key, value, layout = _ready(query), _ready(key), _ready(value), _contiguous(layout)
+    tokens, heads, _ = query.shape
+    out = query.new_empty((tokens, heads, value.shape[2]))
+    stats = query.new_empty((tokens, heads), dtype=torch.float32)
+    rng_state = _new_rng_state(query, rule)
+    plan = plan_of(False, query, key, value, (query.stride(), key.stride(), value.stride()), layout, rule)
+    places = place(plan, layout)
+    pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), stats.data_ptr(), *places.pointers)
+    plan.run(index, pointers + _random_pointers(rng_state), places.workspace)
+    return out, finish_forward(out, stats, layout, rule.window_right), rng_state
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; see ``Backward``."""
+    index = query.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    if rule.scale <= 0.0:
+        query, rule, sign = _with_positive_scale(query, rule)
+        grad_query, grad_key, grad_value = backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+        return grad_query * sign, grad_key, grad_value
+    query, key, value, grad_out = _ready(query), _ready(key), _ready(value), _ready(grad_out)
+    out, layout = out.contiguous(), _contiguous(layout)
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    plan = plan_of(True, query, key, value, strides, layout, rule)
+    places, stats = place_backward(plan, layout, lse)
+    operands = (query, key, value, out, stats, grad_out, *grads)
+    pointers = (*[x.data_ptr() for x in operands], *places.pointers, *_random_pointers(rng_state))
+    plan.run(index, pointers, places.workspace)
+    if not (plan.key.square and layout.tails_unread):
+        finish_backward(grads, layout, rule.window_right)
+    if grad_lse is None:
+        return grads
+    more_query, more_key = _through_lse(grad_lse, query, key, lse, layout, rule)
+    return grads[0] + more_query, grads[1] + more_key, grads[2]
+
+
+def _through_lse(grad_lse: Tensor, query: Tensor, key: Tensor, lse: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
+    """What lse adds to the gradients of query and key.
+
+    With weights P (before dropout) the scores have the gradient P · g, where g is that of lse, so query gets scale · g · (P K):
+    attention with the keys for values. Key gets Pᵀ (scale · g · Q): what the values would get if their output had the
+    gradient scale · g · Q.
+    """
+    plain = rule._replace(dropout_p=0.0)
+    weighted_keys, _, rng_state = forward(query, key, key, layout, plain)
+    g = (grad_lse * rule.scale).t().unsqueeze(-1)
+    grad_values = (g * query).to(query.dtype)
+    _, _, grad_key = backward(grad_values, None, weighted_keys, lse, rng_state, query, key, key, layout, plain)
+    return (g * weighted_keys).to(query.dtype), grad_key
+
+
+_known: dict[tuple[object, ...], Plan] = {}
+_MOST_KNOWN = 4096
+
+
+def plan_of(
+    backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
+) -> Plan:
+    """The plan that these operands need, found without working out its key where they were seen before."""
+    _, heads, dim = query.shape
+    _, heads_k, dim_v = value.shape
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, *_ = layout
+    square = seqused_k is None and cu_seq_q.data_ptr() == cu_seq_k.data_ptr()
+    sizes = (heads, heads_k, dim, dim_v, cu_seq_q.shape[0], max_q, max_k)
+    known = (backward, query.device, query.dtype, sizes, strides, square, rule)
+    plan = _known.get(known)
+    rows = max(query.shape[0], key.shape[0])
+    if plan is None or rows > plan.most_rows:
+        plan = plan_for(key_of(backward, query, key, value, strides, layout, rule))
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        if not plan.key.wide:
+            _known[known] = plan
+    return plan
+
+
+def key_of(
+    backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
+) -> Key:
+    """All that the plan for these operands depends on."""
+    tokens, heads, dim = query.shape
+    keys, heads_k, dim_v = value.shape
+    # No tensor has a longer step from row to row than one of these.
+    step = max(heads * dim, heads * dim_v, *[stride[0] for stride in strides])
+    return Key(
+        backward,
+        query.device,
+        query.dtype,
+        rounded(layout.cu_seq_q.shape[0] - 1, 1),
+        rounded(layout.max_q, 128),
+        rounded(layout.max_k, 128),
+        heads,
+        heads_k,
+        dim,
+        dim_v,
+        strides,
+        layout.seqused_k is None and layout.cu_seq_q.data_ptr() == layout.cu_seq_k.data_ptr(),
+        (max(tokens, keys) + 1) * step >= 2**31,
+        rule,
+    )
+
+
+def rounded(number: int, least: int) -> int:
+    """``number`` rounded up to a multiple of ``least`` and to one of eight steps between powers of two."""
+    number = max(number, 1)
+    step = max(least, 1 << max((number - 1).bit_length() - 4, 0))
+    return -(-number // step) * step
+
+
+def _ready(x: Tensor) -> Tensor:
+    """As the kernels read it: 16 bytes at a time."""
+    token, head, element = x.stride()
+    aligned = element == 1 and head % 8 == 0 and token % 8 == 0 and x.data_ptr() % 16 == 0 and token > 0 and head > 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(layout: Layout) -> Layout:
+    cu_seq_q, cu_seq_k, seqused_k = layout.cu_seq_q, layout.cu_seq_k, layout.seqused_k
+    if cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous() and (seqused_k is None or seqused_k.is_contiguous()):
+        return layout
+    return layout._replace(
+        cu_seq_q=cu_seq_q.contiguous(),
+        cu_seq_k=cu_seq_k.contiguous(),
+        seqused_k=None if seqused_k is None else seqused_k.contiguous(),
+    )
+
+
+def _with_positive_scale(query: Tensor, rule: Rule) -> tuple[Tensor, Rule, float]:
+    """The same scores from another query and a positive scale, and what the gradient of that query is multiplied by."""
+    if rule.scale < 0.0:
+        return -query, rule._replace(scale=-rule.scale), -1.0
+    return torch.zeros_like(query), rule._replace(scale=1.0), 0.0
+
+
+def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
+    if rule.dropout_p == 0.0:
+        return query.new_empty(0, dtype=torch.uint64)
+    # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
+    return torch.randint(0, 2**31, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
+
+
+def _random_pointers(rng_state: Tensor) -> tuple[int, ...]:
+    """Of the seed and of the offset of cuDNN's random numbers, where there are any."""
+    if rng_state.shape[0] == 0:
+        return ()
+    return rng_state.data_ptr(), rng_state.data_ptr() + 8
+
+
+BACKEND = Backend("cudnn", supports, forward, backward)

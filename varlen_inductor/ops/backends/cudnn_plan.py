@@ -1,0 +1,243 @@
+"""cuDNN's plans: a graph for one kind of attention, built once and run with the pointers of each call.
+
+A plan knows no token count. Sequences are cuDNN's batch; where each lies in the rows, and how long it is, are tensors that the
+device reads. Names of ``nvidia-cudnn-frontend`` that are not public were read in 1.32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from array import array
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from varlen_inductor import _compat
+from varlen_inductor.ops.problem import UNBOUNDED, Rule
+
+_MOST_PLANS = 512
+
+FORWARD = ("q", "k", "v", "o", "stats")
+BACKWARD = ("q", "k", "v", "o", "stats", "g", "dq", "dk", "dv")
+"""The tensors of a graph, in the order of their pointers. Then come, in the same order, the offsets of each; then the lengths
+of query and key, and for dropout the seed and the offset of the random numbers."""
+
+OF_QUERIES = frozenset({"q", "o", "stats", "g", "dq"})
+"""Those whose rows are queries; the rows of the others are keys."""
+
+
+class Key(NamedTuple):
+    """All that a plan depends on. Counts and bounds are rounded up, so that a model with varying lengths has few plans."""
+
+    backward: bool
+    device: torch.device
+    dtype: torch.dtype
+    sequences: int
+    max_q: int
+    max_k: int
+    heads: int
+    heads_k: int
+    head_dim: int
+    head_dim_v: int
+    strides: tuple[tuple[int, ...], ...]
+    """Of query, key and value, and in a backward of the gradient of out: between tokens, heads and elements."""
+    square: bool
+    """Whether every sequence has as many keys as queries."""
+    wide: bool
+    """Whether offsets need 64 bits."""
+    rule: Rule
+    deterministic: bool = False
+
+
+class Plan:
+    """A built graph. ``run`` starts it on the current stream.
+
+    Attributes:
+        key: what it is for.
+        number: tells plans apart in the keys of other caches.
+        names: the tensors that have rows, ``FORWARD`` or ``BACKWARD``.
+        token_strides: elements from one row to the next, for each of ``names``.
+        most_rows: with more rows an offset may not fit.
+        workspace_size: bytes of scratch memory that a run needs.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, key: Key) -> None:
+        self.key, self.number = key, next(Plan._numbers)
+        self.names = BACKWARD if key.backward else FORWARD
+        layouts = layouts_of(key)
+        self.token_strides = tuple(layouts[name][1][2] for name in self.names)
+        self.most_rows = (2**63 if key.wide else 2**31) // max(self.token_strides) - 1
+        graph = _build(key, layouts, self.names)
+        self.workspace_size: int = graph.get_workspace_size()
+        graph._prepare_variant_pack_template()
+        order = list(graph._get_variant_pack_uids_sorted())
+        count = 2 * len(self.names) + (4 if key.rule.dropout_p > 0.0 else 2)
+        if order != list(range(1, count + 1)):
+            raise RuntimeError(f"cuDNN's graph wants the tensors {order}, not 1 to {count}")
+        self._graph = graph  # owns what _execute is bound to
+        self._execute = graph._execute_with_raw_ptrs
+        self._count = count
+
+    def run(self, index: int, pointers: tuple[int, ...], workspace: int) -> None:
+        """Run on the current stream of device ``index``, which is the current device."""
+        numbers = array("Q", pointers)
+        self._execute(numbers.buffer_info()[0], self._count, workspace, _handle(index))
+
+
+_plans: dict[Key, Plan] = {}
+_building = threading.Lock()
+
+
+def plan_for(key: Key) -> Plan:
+    """The plan for ``key``, built if there is none yet."""
+    plan = _plans.get(key)
+    return _new_plan(key) if plan is None else plan
+
+
+def _new_plan(key: Key) -> Plan:
+    with _building:
+        plan = _plans.get(key)
+        if plan is None:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            plan = _plans[key] = Plan(key)
+        return plan
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> Any:
+    """The package ``cudnn``, which is imported when first needed.
+
+    Raises:
+        Exception: whatever its import does; also an ``ImportError`` where it is not the package that this module knows.
+    """
+    import cudnn  # type: ignore[import-not-found,unused-ignore]
+
+    graph = getattr(getattr(cudnn, "_pybind_module", None), "backend_graph", None)
+    if not hasattr(graph, "_execute_with_raw_ptrs"):
+        version = getattr(cudnn, "__version__", "of unknown version")
+        raise ImportError(f"nvidia-cudnn-frontend {version} is installed, and 1.32 or later is needed")
+    return cudnn
+
+
+class _Handles(threading.local):
+    """cuDNN's handles, by the index of their device. A handle must not be used by two threads."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[int, Any] = {}
+
+
+_handles = _Handles()
+
+
+def _handle(index: int) -> int:
+    """cuDNN's handle for this thread and device ``index``, set to the current stream."""
+    handle = _handles.by_device.get(index)
+    if handle is None:
+        with torch.cuda.device(index):
+            handle = _handles.by_device[index] = library().create_handle()
+    stream = _compat.current_stream_pointer(index)
+    if handle.stream != stream:
+        library().set_stream(handle, stream)
+    return handle.backend_handle  # type: ignore[no-any-return]
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def layouts_of(key: Key) -> dict[str, tuple[list[int], list[int]]]:
+    """Sizes and strides (sequence, head, row, element) of each tensor.
+
+    With offsets the stride between sequences is not used, but must look like one.
+    """
+    heads, heads_k, dim, dim_v = key.heads, key.heads_k, key.head_dim, key.head_dim_v
+    packed = {
+        "o": (heads * dim_v, dim_v, 1),
+        "stats": (heads, 1, 1),
+        "dq": (heads * dim, dim, 1),
+        "dk": (heads_k * dim, dim, 1),
+        "dv": (heads_k * dim_v, dim_v, 1),
+    }
+    strides = {**packed, **dict(zip(("q", "k", "v", "g"), key.strides, strict=False))}
+    of_keys, dims = {"k": dim, "dk": dim, "v": dim_v, "dv": dim_v}, {"q": dim, "dq": dim, "stats": 1}
+    layouts = {}
+    for name, (token, head, element) in strides.items():
+        if name in of_keys:
+            size = [key.sequences, heads_k, key.max_k, of_keys[name]]
+        else:
+            size = [key.sequences, heads, key.max_q, dims.get(name, dim_v)]
+        layouts[name] = (size, [size[2] * token, head, token, element])
+    return layouts
+
+
+def _build(key: Key, layouts: dict[str, tuple[list[int], list[int]]], names: tuple[str, ...]) -> Any:
+    cudnn = library()
+    types = cudnn.data_type
+    data = types.HALF if key.dtype == torch.float16 else types.BFLOAT16
+    graph = cudnn._pybind_module.backend_graph(
+        name="varlen_attn",
+        io_data_type=data,
+        intermediate_data_type=types.FLOAT,
+        compute_data_type=types.FLOAT,
+        handle=_handle(key.device.index),
+    )
+    uids = itertools.count(len(names) + 1)
+
+    def numbers(count: int, dtype: Any) -> Any:
+        return graph.tensor(dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=dtype, uid=next(uids))
+
+    offsets = {name: numbers(key.sequences + 1, types.INT64 if key.wide else types.INT32) for name in names}
+    options = _options(key, numbers)
+
+    def operand(name: str) -> Any:
+        size, stride = layouts[name]
+        dtype = types.FLOAT if name == "stats" else data
+        uid = names.index(name) + 1
+        return graph.tensor(dim=size, stride=stride, data_type=dtype, ragged_offset=offsets[name], uid=uid, name=name)
+
+    if key.backward:
+        inputs = {name: operand(name) for name in ("q", "k", "v", "o", "stats")}
+        results = graph.sdpa_backward(**inputs, dO=operand("g"), use_deterministic_algorithm=key.deterministic, **options)
+    else:
+        inputs = {name: operand(name) for name in ("q", "k", "v")}
+        results = graph.sdpa(**inputs, generate_stats=True, **options)
+    for name, result in zip(("dq", "dk", "dv") if key.backward else ("o", "stats"), results, strict=True):
+        size, stride = layouts[name]
+        result.set_output(True).set_uid(names.index(name) + 1).set_dim(size).set_stride(stride)
+        result.set_data_type(types.FLOAT if name == "stats" else data).set_ragged_offset(offsets[name])
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    return graph
+
+
+def _options(key: Key, numbers: Any) -> dict[str, Any]:
+    """What forward and backward are told alike; ``numbers`` makes a tensor of integers."""
+    cudnn = library()
+    types, rule = cudnn.data_type, key.rule
+    options: dict[str, Any] = {
+        "attn_scale": rule.scale,
+        "use_padding_mask": True,
+        "seq_len_q": numbers(key.sequences, types.INT32),
+        "seq_len_kv": numbers(key.sequences, types.INT32),
+    }
+    if rule.windowed:
+        # Both corners are the same where a sequence has as many keys as queries. cuDNN has more kernels for the first.
+        corner = cudnn.diagonal_alignment
+        options["diagonal_alignment"] = corner.TOP_LEFT if key.square else corner.BOTTOM_RIGHT
+    if rule.window_left != UNBOUNDED:
+        options["diagonal_band_left_bound"] = rule.window_left + 1  # it counts the query's own key
+    if rule.window_right != UNBOUNDED:
+        options["diagonal_band_right_bound"] = rule.window_right
+    if rule.dropout_p > 0.0:
+        options["dropout"] = (rule.dropout_p, numbers(1, types.INT64), numbers(1, types.INT64))
+    return options
