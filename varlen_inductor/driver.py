@@ -402,6 +402,13 @@ def _fill_report(
         made.regions.append(shown)
     made.notes.extend(text for text in choice.assumptions if text not in made.notes)
     made.notes.extend(f"checked at run time: {fact.text}; if not, the padded graph runs" for fact in relied_on)
+    if mode == "model":
+        made.notes.append(_when_packed())
+
+
+def _when_packed() -> str:
+    smallest = f"fewer than {config.min_positions} positions (config.min_positions), or with " if config.min_positions else ""
+    return f"batches with {smallest}more than {config.max_density:.0%} of them valid (config.max_density) run padded"
 
 
 def _leak_text(leak: demand.Demand) -> str:

@@ -59,6 +59,7 @@ class PackedProgram:
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
+        self.min_positions = config.min_positions
         self.strict = config.strict
         self.broken = False
         self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic)
@@ -101,6 +102,9 @@ class PackedProgram:
         """The inputs that the body has besides those of the graph, or None when the padded graph should run."""
         outcome = self.plan(*args)
         masks, flags = outcome[: self.domains], outcome[self.domains :]
+        positions = [mask.numel() for mask in masks]
+        if sum(positions) < self.min_positions:
+            return None
         pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
         # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then,
         # as with no valid token, the padded graph runs.
@@ -108,7 +112,6 @@ class PackedProgram:
         for flag in flags:
             found[0] = found[0] * flag
         counts = (found[0] if len(found) == 1 else torch.cat(found)).tolist()
-        positions = [mask.numel() for mask in masks]
         if not all(counts) or sum(counts) > self.max_density * sum(positions):
             return None
         rows = self._rows(pending, counts, args)

@@ -286,5 +286,7 @@ edge    value        why                          source
 pack    l_kwargs_x_  first used packed by linear  attend.key_value (line)
 unpack  add_1        select runs on padded rows   (line)
 
-note: checked at run time: position 0 of every sequence is valid (valid[b, k]); if not, the padded graph runs""",
+note: checked at run time: position 0 of every sequence is valid (valid[b, k]); if not, the padded graph runs
+
+note: batches with more than 90% of them valid (config.max_density) run padded""",
     )

@@ -229,6 +229,16 @@ def test_density_is_a_knob() -> None:
     assert graphs_compiled() == 2
 
 
+def test_smallest_size_is_a_knob() -> None:
+    """Whether a batch is that small is known from its shape: nothing waits for the device."""
+    options = {"varlen.min_positions": 3 * S + 1, "varlen.inner_backend": "aot_eager", "varlen.round_tokens": 4}
+    compiled = compile_(Blocks(), options=options)
+    with torch.no_grad():
+        compiled(**feature_batch([5, 2, 7]))
+        compiled(**feature_batch([5, 2, 7, 1]))
+    assert steps() == (1, 1)
+
+
 @TRAIN
 def test_nothing_valid_runs_padded(train: bool) -> None:
     batches = [feature_batch([0, 0, 0]), *map(feature_batch, LENGTHS)]

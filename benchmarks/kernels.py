@@ -1,0 +1,125 @@
+"""The time of every kernel backend on this GPU: the table by which one is chosen without autotuning.
+
+    python benchmarks/kernels.py [--write] [--output FOLDER]
+
+Random lengths with about 16k tokens in all, bfloat16, 1024 numbers a token over all heads. Times are of the backend's own call
+(device events, median, caches cold), so of kernels and not of Python. With ``--write`` the rows replace those of this compute
+capability in ``varlen_inductor/ops/backends/measured.json``, which is part of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import environment, median_ms, save
+from torch import Tensor
+
+from varlen_inductor.ops import packing
+from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.backends.measured import TABLE
+from varlen_inductor.ops.problem import Layout, Problem, Rule
+
+TOKENS = 16384
+WIDTH = 1024
+
+
+class Shape(NamedTuple):
+    head_dim: int
+    length: int
+    causal: bool = False
+    dropout: bool = False
+    in_place: bool = False
+
+
+def shapes() -> Iterator[Shape]:
+    for head_dim in (64, 128):
+        for length in (128, 512, 2048, 8192):
+            for causal in (False, True):
+                yield Shape(head_dim, length, causal)
+        for length in (512, 2048):
+            yield Shape(head_dim, length, dropout=True)
+            yield Shape(head_dim, length, in_place=True)
+            yield Shape(head_dim, length, causal=True, in_place=True)
+    for length in (512, 4096):
+        for causal in (False, True):
+            yield Shape(256, length, causal)
+
+
+def operands(shape: Shape) -> tuple[list[Tensor], Layout, Rule]:
+    """Query, key, value and a gradient of the output, where the sequences lie, and the rule."""
+    generator = torch.Generator().manual_seed(shape.length)
+    batch = max(2 * TOKENS // shape.length, 1)
+    lengths = torch.randint(1, shape.length + 1, (batch,), generator=generator)
+    lengths[0] = shape.length
+    rows = batch * shape.length if shape.in_place else int(lengths.sum())
+    heads = WIDTH // shape.head_dim
+    tensors = [torch.randn(rows, heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    used = None
+    if shape.in_place:
+        mask = (torch.arange(shape.length)[None] < lengths[:, None]).cuda()
+        _, _, offsets, used = packing.plan_in_place(mask)
+    else:
+        offsets = torch.zeros(batch + 1, dtype=torch.int32, device="cuda")
+        offsets[1:] = lengths.cumsum(0)
+    layout = Layout(offsets, offsets, shape.length, shape.length, used, tails_unread=True)
+    rule = Rule(1.0 / math.sqrt(shape.head_dim), window_right=0 if shape.causal else -1, dropout_p=0.1 if shape.dropout else 0.0)
+    return tensors, layout, rule
+
+
+def measure(shape: Shape) -> dict[str, Any]:
+    tensors, layout, rule = operands(shape)
+    query, key, value, gradient = tensors
+    problem = Problem.of(query, key, value, layout, rule)
+    row: dict[str, Any] = {**shape._asdict(), "tokens": query.shape[0], "forward_us": {}, "backward_us": {}, "refused": {}}
+    for backend in BACKENDS:
+        reason = backend.supports(problem) if backend.name != "math" else "it is for what nothing else can run"
+        if reason is not None:
+            row["refused"][backend.name] = reason
+            continue
+        try:
+            results = backend.forward(query, key, value, layout, rule)
+            forward = median_ms(lambda: backend.forward(query, key, value, layout, rule), "cuda")
+            row["forward_us"][backend.name] = round(forward * 1e3, 1)
+            backward = median_ms(lambda: backend.backward(gradient, None, *results, query, key, value, layout, rule), "cuda")
+            row["backward_us"][backend.name] = round(backward * 1e3, 1)
+        except Exception as error:  # a kernel that fails is out of the table, with what it said
+            row["refused"][backend.name] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+def show(row: dict[str, Any]) -> str:
+    flags = " ".join(name for name in ("causal", "dropout", "in_place") if row[name])
+    times = [f"{name} {row['forward_us'][name]:.0f}/{row['backward_us'].get(name, math.nan):.0f}" for name in row["forward_us"]]
+    return f"D {row['head_dim']:3} length {row['length']:5} {flags:16} us forward/backward: " + ", ".join(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="make the rows part of the package")
+    parser.add_argument("--output", type=Path, default=None)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device: the table is for the choice between CUDA kernels")
+    torch.manual_seed(0)
+    rows = []
+    for shape in shapes():
+        rows.append(measure(shape))
+        print(show(rows[-1]), flush=True)
+    print("wrote", save("kernels-cuda", "cuda", rows, options.output))
+    if options.write:
+        table = json.loads(TABLE.read_text())
+        major, minor = torch.cuda.get_device_capability()
+        kept = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
+        table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "rows": kept}
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        print("wrote", TABLE.name)
+
+
+if __name__ == "__main__":
+    main()
