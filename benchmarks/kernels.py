@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,11 +84,10 @@ def measure(shape: Shape) -> dict[str, Any]:
             row["refused"][backend.name] = reason
             continue
         try:
-            results = backend.forward(query, key, value, layout, rule)
-            forward = median_ms(lambda: backend.forward(query, key, value, layout, rule), "cuda")
-            row["forward_us"][backend.name] = round(forward * 1e3, 1)
-            backward = median_ms(lambda: backend.backward(gradient, None, *results, query, key, value, layout, rule), "cuda")
-            row["backward_us"][backend.name] = round(backward * 1e3, 1)
+            forward = partial(backend.forward, query, key, value, layout, rule)
+            row["forward_us"][backend.name] = round(median_ms(forward, "cuda") * 1e3, 1)
+            backward = partial(backend.backward, gradient, None, *forward(), query, key, value, layout, rule)
+            row["backward_us"][backend.name] = round(median_ms(backward, "cuda") * 1e3, 1)
         except Exception as error:  # a kernel that fails is out of the table, with what it said
             row["refused"][backend.name] = f"{type(error).__name__}: {error}"[:200]
     return row

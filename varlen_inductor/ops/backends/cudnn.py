@@ -19,7 +19,7 @@ from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 OLDEST_CUDNN = 91900
 """The oldest version that the kernels were tested with. Earlier ones lack packed rows, or have known bugs in them."""
 
@@ -43,8 +43,6 @@ def supports(problem: Problem) -> str | None:
 def _unknown_window(problem: Problem) -> str | None:
     if problem.windowed and problem.positions:
         return "a window that speaks of positions is unknown to it"
-    if problem.windowed and problem.window_right != 0:
-        return "its windows end at the query's own key"
     if problem.windowed and problem.dropout_p > 0.0:
         return "it drops no weights inside of a window"
     if problem.dropout_p == 1.0:
