@@ -21,8 +21,9 @@ from torch import Tensor
 
 _MOST_TRIES = 3
 _MOST_NOTES = 4096
-_TILES = (48, 64, 80, 96, 128, 256)
-"""The block sizes that the backward kernels of flash-attn-4 have."""
+_TILES = (64, 80, 96, 128, 256)
+_TILES_WIDE = (48, 64, 128, 256)
+"""The block sizes that the backward kernels of flash-attn-4 have, the latter with head dims over 192."""
 
 
 class Sizes(NamedTuple):
@@ -219,7 +220,7 @@ def _as_scratch(arg: Tensor, sizes: Sizes, *, zeroed: bool) -> Scratch | None:
     found = [
         Scratch(heads, tile, width, of_keys, zeroed)
         for of_keys, rows in sides.items()
-        for tile in _TILES
+        for tile in (_TILES_WIDE if max(sizes.dims) > 192 else _TILES)
         for width in widths
         if padded_rows(rows, sizes.sequences, tile) * width == columns
     ]

@@ -120,14 +120,14 @@ if triton is not None:
         rows_q,
         rows_k,
         sequences,
-        query_row,
-        query_head,
-        grad_row,
-        grad_head,
-        key_row,
-        key_head,
-        value_row,
-        value_head,
+        stride_query_row,
+        stride_query_head,
+        stride_grad_row,
+        stride_grad_head,
+        stride_key_row,
+        stride_key_head,
+        stride_value_row,
+        stride_value_head,
         HEADS: tl.constexpr,
         DIM: tl.constexpr,
         DIM_GRAD: tl.constexpr,
@@ -148,14 +148,14 @@ if triton is not None:
                     stop = tl.load(ends_k + sequence + 1)
                     start = tl.minimum(begin + tl.load(used + sequence), stop)
             if which == 0:
-                _clean_rows(key, start, stop, key_row, key_head, HEADS_K, DIM_K, REACH, BLOCK)
+                _clean_rows(key, start, stop, stride_key_row, stride_key_head, HEADS_K, DIM_K, REACH, BLOCK)
             else:
-                _clean_rows(value, start, stop, value_row, value_head, HEADS_K, DIM_V, REACH, BLOCK)
+                _clean_rows(value, start, stop, stride_value_row, stride_value_head, HEADS_K, DIM_V, REACH, BLOCK)
         elif sequence == 0:
             start = tl.load(ends_q + sequences)
             if which == 2:
-                _clean_rows(query, start, rows_q, query_row, query_head, HEADS, DIM, REACH, BLOCK)
+                _clean_rows(query, start, rows_q, stride_query_row, stride_query_head, HEADS, DIM, REACH, BLOCK)
             else:
-                _clean_rows(grad, start, rows_q, grad_row, grad_head, HEADS, DIM_GRAD, REACH, BLOCK)
+                _clean_rows(grad, start, rows_q, stride_grad_row, stride_grad_head, HEADS, DIM_GRAD, REACH, BLOCK)
 
     _launch = Launcher(_clean_kernel)
