@@ -262,13 +262,3 @@ def test_inductor_decompositions() -> None:
     assert isinstance(decomposition.decompositions, dict)
     assert callable(decomposition.fast_random_decomps.cache_clear)
     _compat.register_inductor_decompositions({})
-
-
-def test_schema_of_a_custom_operator() -> None:
-    @torch.library.custom_op("varlen_inductor_test::schema_of", mutates_args=())
-    def function(x: torch.Tensor, factor: float, plus: int = 1) -> torch.Tensor:
-        return x * factor + plus
-
-    arguments = _compat.schema_of(function).arguments
-    assert [(a.name, a.has_default_value()) for a in arguments] == [("x", False), ("factor", False), ("plus", True)]
-    assert _compat.schema_of(test_schema_of_a_custom_operator) is None

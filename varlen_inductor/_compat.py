@@ -618,13 +618,3 @@ def lower_to_call(op: Any, module: str, function: str) -> None:
     if op not in lowering.lowerings:
         lowering.add_needs_realized_inputs(op)
         lowering.register_lowering(op, type_promotion_kind=None)(lower)
-
-
-def schema_of(function: Any) -> Any | None:
-    """The schema of what ``torch.library.custom_op`` made of a function; ``None`` if ``function`` is something else.
-
-    Its own signature says ``*args, **kwargs``. Read in 2.11, 2.13.
-    """
-    from torch._library.custom_ops import CustomOpDef
-
-    return function._opoverload._schema if isinstance(function, CustomOpDef) else None

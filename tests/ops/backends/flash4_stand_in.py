@@ -7,6 +7,7 @@ are not in use get no gradient.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -56,7 +57,7 @@ def padded(offset: int, sequence: int, tile: int) -> int:
 def spans(cu: Tensor, used: Tensor | None) -> list[tuple[int, int]]:
     """The first row and the length of each sequence."""
     ends = cu.tolist()
-    lengths = [b - a for a, b in zip(ends, ends[1:])] if used is None else used.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(ends)] if used is None else used.tolist()
     return list(zip(ends, lengths))
 
 
@@ -222,10 +223,9 @@ def backward_kernel(
 ):  # fmt: skip
     right = 0 if causal else right
     heads, shared = q.shape[1], q.shape[1] // k.shape[1]
-    if shared == 1:
-        dirty(dk[: int(cu_k[-1])]) if used is None else None
     for i, ((at_q, lq), (at_k, lk)) in enumerate(zip(spans(cu_q, None), spans(cu_k, used))):
-        rows_q, rows_k, to_q, to_k = slice(at_q, at_q + lq), slice(at_k, at_k + lk), padded(at_q, i, TILE_Q), padded(at_k, i, TILE_K)
+        rows_q, rows_k = slice(at_q, at_q + lq), slice(at_k, at_k + lk)
+        to_q, to_k = padded(at_q, i, TILE_Q), padded(at_k, i, TILE_K)
         past = sum(reached(x, at, n, t) for x, at, n, t in ((q, at_q, lq, TILE_Q), (dout, at_q, lq, TILE_Q), (k, at_k, lk, TILE_K)))
         past = past + reached(v, at_k, lk, TILE_K)
         for head in range(heads):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from flash4_stand_in import FlashAttn4
 
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
-from flash4_stand_in import FlashAttn4
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import flash4
 from varlen_inductor.ops.backends.packages import load
@@ -186,7 +186,7 @@ def test_releases_that_are_not_understood(monkeypatch: pytest.MonkeyPatch, packa
     def old(q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: Any = None, causal: Any = False) -> None: ...
 
     monkeypatch.setattr(package.module, "_flash_attn_bwd", old)
-    assert (reason() or "").startswith("_flash_attn_bwd of this release of flash-attn-4 does not take cu_seqlens_k, cu_seqlens_q, de")
+    assert (reason() or "").startswith("_flash_attn_bwd of this release of flash-attn-4 does not take cu_seqlens_k,")
     names = ", ".join(sorted(flash4.BACKWARD))
     exec(f"def new({names}, secret): ...", scope := {})
     monkeypatch.setattr(package.module, "_flash_attn_bwd", scope["new"])

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.flash_common import (
     MAX_HEAD_DIM,
@@ -88,6 +87,8 @@ class Package(NamedTuple):
     capability: tuple[int, int]
     """Of the devices that it is for: at least, and at most."""
     install: str
+    namespaces: tuple[str, ...]
+    """Where releases that make PyTorch operators of their functions put them."""
 
 
 FLASH2 = Package(
@@ -98,6 +99,7 @@ FLASH2 = Package(
     2,
     (8, 9),
     "pip install flash-attn --no-build-isolation",
+    ("flash_attn",),
 )
 FLASH3 = Package(
     "flash3",
@@ -107,6 +109,7 @@ FLASH3 = Package(
     3,
     (9, 9),
     "see hopper/ in github.com/Dao-AILab/flash-attention",
+    ("flash_attn_3", "flash_attn"),
 )
 
 _BOTH = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "softcap")
@@ -168,7 +171,7 @@ def _functions(package: Package) -> tuple[Function, Function] | str:
         return f"{module} ({package.install})" if module.endswith("is not installed") else module
     found = []
     for way, name in (("forward", package.forward), ("backward", package.backward)):
-        function = _understood(getattr(module, name, None), name, _NEEDED[package.version, way])
+        function = _understood(_function(package, module, name), name, _NEEDED[package.version, way])
         if isinstance(function, str):
             return f"this release of {package.module.partition('.')[0]} is not understood: {function}"
         found.append(function)
@@ -181,7 +184,7 @@ def _understood(call: Any, name: str, needed: tuple[str, ...]) -> Function | str
     parameters = _parameters(call)
     if isinstance(parameters, str):
         return f"{name}: {parameters}"
-    names = {x: x if x in parameters else _OTHER_NAMES.get(x, x) for x in needed}
+    names = {x: x if x in parameters or _OTHER_NAMES.get(x) not in parameters else _OTHER_NAMES[x] for x in needed}
     pair = "window_size" in parameters
     window = {"window_size"} if pair else {"window_size_left", "window_size_right"}
     missing = [x for x in (*names.values(), *sorted(window)) if x not in parameters]
@@ -194,11 +197,22 @@ def _understood(call: Any, name: str, needed: tuple[str, ...]) -> Function | str
     return Function(call, names, pair, dict.fromkeys(others))
 
 
+def _function(package: Package, module: Any, name: str) -> Any:
+    """The function ``name``, or the operator that the module has made of it: only that one tells its arguments."""
+    function = getattr(module, name, None)
+    if function is None or inspect.isroutine(function):
+        return function
+    for namespace in package.namespaces:
+        operator = getattr(getattr(torch.ops, namespace), name, None)
+        if operator is not None:
+            return operator.default
+    return function
+
+
 def _parameters(call: Any) -> dict[str, bool] | str:
     """The names of the arguments, and whether each has a default; or why they cannot be told."""
-    schema = _compat.schema_of(call)
-    if schema is not None:
-        return {argument.name: argument.has_default_value() for argument in schema.arguments}
+    if isinstance(call, torch._ops.OpOverload):
+        return {argument.name: argument.has_default_value() for argument in call._schema.arguments}
     try:
         signature = inspect.signature(call)
     except (TypeError, ValueError) as error:
