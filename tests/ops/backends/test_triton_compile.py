@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from varlen_inductor.ops.backends import cudnn_rows, rows, triton_backward, triton_forward, triton_kernel
+from varlen_inductor.ops.backends import cudnn_rows, rows, tails, triton_backward, triton_forward, triton_kernel
 
 SHARED_MEMORY = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
@@ -93,6 +93,9 @@ def test_what_is_around_them() -> None:
     compiled(triton_backward.delta_kernel, {**constants, "grad_lse": None}, "bf16", 90)
     compiled(rows._finish_forward, {"BLOCK": rows.BLOCK}, "bf16", 90)
     compiled(rows._finish_backward, {"BLOCK": rows.BLOCK}, "bf16", 90)
+    sizes = {"HEADS": 12, "DIM": 64, "DIM_GRAD": 64, "HEADS_K": 4, "DIM_K": 64, "DIM_V": 40, "REACH": 256, "BLOCK": tails.BLOCK}
+    for used in (True, False):
+        compiled(tails._clean_kernel, {**sizes, "USED": used}, "bf16", 90)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -10,13 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from varlen_inductor.ops.backends import aten_flash, cpu, math, triton_kernel
+from varlen_inductor.ops.backends import aten_flash, cpu, cudnn, flash, flash4, math, triton_kernel
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (
     aten_flash.BACKEND,
     triton_kernel.BACKEND,
+    cudnn.BACKEND,
+    flash4.BACKEND,
+    flash.FLASH3_BACKEND,
+    flash.FLASH2_BACKEND,
     cpu.BACKEND,
     math.BACKEND,  # runs everything everywhere, slowly: it comes last
 )

@@ -1,0 +1,203 @@
+"""What is put around the kernels of flash-attn-4, on the CPU: a stand-in takes the place of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from flash4_stand_in import FlashAttn4
+
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
+from varlen_inductor.ops import backends
+from varlen_inductor.ops.backends import flash4
+from varlen_inductor.ops.backends.packages import load
+from varlen_inductor.ops.backends.replay import Note
+from varlen_inductor.ops.problem import Problem
+
+PROBLEM = Problem(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64, 64)
+
+
+def forget() -> None:
+    for cached in (load, flash4._kernels, flash4._unavailable, flash4._max_head_dim, backends.choose):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashAttn4]:
+    package = FlashAttn4()
+    monkeypatch.setitem(sys.modules, flash4.MODULE, package.module)
+    monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(flash4.BACKEND, supports=lambda problem: None),))
+    forget()
+    yield package
+    forget()
+
+
+def notes() -> list[Any]:
+    kernels = flash4._kernels()
+    assert not isinstance(kernels, str)
+    return list(kernels.replay.notes.values())
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_and_windows(lengths: str, window: str) -> None:
+    case = make_case(*LENGTHS[lengths], heads=(4, 2), window=WINDOWS[window], tail=3)
+    check_against_reference(case)
+    check_against_reference(make_case(*LENGTHS[lengths], heads=(2, 2), window=WINDOWS[window], tail=1), lse_gradient=False)
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (5, 5), (16, 9), (3, 24)], ids=str)
+def test_head_dims_are_padded(dims: tuple[int, int]) -> None:
+    check_against_reference(make_case((5, 7), window=(-1, 0), dims=dims))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_the_kernels_do_not_take(scale: float) -> None:
+    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_used_keys(heads: tuple[int, int]) -> None:
+    used = torch.tensor([2, 0, 5], dtype=torch.int32)
+    case = make_case((3, 2, 4), (6, 3, 9), heads=heads, seqused_k=used, tail=2)._replace(max_k=5)
+    with torch.no_grad():
+        for x in (case.key, case.value):
+            x[2:9] = x[14:] = torch.nan
+    out, lse, _ = run(case)
+    filled = case._replace(**{n: getattr(case, n).detach().nan_to_num().requires_grad_() for n in ("query", "key", "value")})
+    expected, expected_lse = reference(filled)
+    assert_close(out, expected, torch.float32, "out")
+    assert_close(lse, expected_lse, torch.float32, "lse")
+    g = torch.randn_like(out)
+    g[9:] = torch.nan
+    grads = torch.autograd.grad(out, case.operands[:3], g)
+    wanted = torch.autograd.grad(expected, filled.operands[:3], g.nan_to_num().double())
+    for actual, want in zip(grads, wanted):
+        assert_close(actual, want, torch.float32, "gradient")
+
+
+def test_strided_operands() -> None:
+    case = make_case((5, 7), tail=2)
+    qkv = torch.stack([x.detach() for x in case.operands[:3]], 1)
+    query, key, value = (x.requires_grad_() for x in qkv.unbind(1))
+    offsets = torch.stack([case.cu_seq_q, case.cu_seq_q], 1)[:, 0]
+    check_against_reference(case._replace(query=query, key=key, value=value, cu_seq_q=offsets))
+    columns = [torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_() for x in case.operands[:3]]
+    check_against_reference(case._replace(query=columns[0], key=columns[1], value=columns[2]))
+    one = case.key[:1].detach().expand(12, 2, 8).requires_grad_()
+    check_against_reference(make_case((5, 7))._replace(key=one))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_later_calls_go_past_the_functions(package: FlashAttn4, heads: tuple[int, int]) -> None:
+    """Other numbers of tokens and of sequences: the same kernels, compiled once."""
+    lengths: list[Any] = [(70, 9), (3, 1, 8), (70, 30, 5, 5), (1,), (64, 64)]
+    for i, some in enumerate(lengths):
+        check_against_reference(make_case(some, heads=heads, window=(-1, 0), tail=4)._replace(max_q=70, max_k=70))
+        assert package.calls["forward"] == package.calls["backward"] == 1
+        assert package.calls["kernel fwd"] == package.calls["kernel bwd"] == i + 1
+    assert package.compiled == (5 if heads[0] > heads[1] else 4)  # the gradients of shared keys are converted at the end, too
+    assert all(isinstance(note, Note) for note in notes())
+
+
+def test_one_length_of_queries_and_another_of_keys(package: FlashAttn4) -> None:
+    for lengths in (((70, 9), (300, 400)), ((3, 1, 8), (330, 20, 88)), ((9, 9), (9, 9))):
+        check_against_reference(make_case(*lengths, heads=(4, 2))._replace(max_q=70, max_k=400))
+    assert package.calls["backward"] == 2  # with as many queries as keys, rows say less about what memory is for
+
+
+def test_what_is_not_understood_is_not_replayed(package: FlashAttn4, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for i in range(5):
+        check_against_reference(make_case((7, 9)))
+        assert package.calls["backward"] == i + 1  # its counters are memory that is no scratch memory we know
+    assert package.calls["forward"] == 1
+
+
+def test_operands_that_are_one(package: FlashAttn4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is noted: which of the two an argument is cannot be told."""
+    monkeypatch.setattr(flash4, "finite_behind", lambda queries, keys, layout: (*queries, *keys))  # makes no copies
+    case = make_case((5, 7))
+    for i in range(2):
+        run(case._replace(value=case.key))
+        assert package.calls["forward"] == i + 1
+    check_against_reference(case)
+    assert package.calls["forward"] == 3
+    check_against_reference(case)
+    assert package.calls["forward"] == 3
+
+
+def test_a_replay_that_fails(package: FlashAttn4) -> None:
+    case = make_case((5, 7))
+    check_against_reference(case)
+    for note in notes():
+        broken = note.steps[0]._replace(kernel=None)
+        kernels = flash4._kernels()
+        assert not isinstance(kernels, str)
+        for key, kept in kernels.replay.notes.items():
+            if kept is note:
+                kernels.replay.notes[key] = note._replace(steps=(broken, *note.steps[1:]))
+    for _ in range(2):
+        check_against_reference(case)
+    assert package.calls["forward"] == package.calls["backward"] == 3
+    assert isinstance(package.forward.compile_cache.cache, dict)
+
+
+def test_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4, "MAX_ELEMENTS", 100)
+    with pytest.raises(RuntimeError, match=r"2\*\*31 elements or more: split the batch"):
+        run(make_case((5, 7)))
+
+
+def on(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+    forget()
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, 9, 0)
+    supports = flash4.supports
+    assert supports(PROBLEM) is None
+    assert supports(PROBLEM._replace(head_dim=256, head_dim_v=72, window_left=3, seqused_k=True)) is None
+    assert supports(PROBLEM._replace(device=torch.device("cpu"))) == "it runs on CUDA only"
+    assert supports(PROBLEM._replace(dtype=torch.float32)) == "it computes in float16 or bfloat16, not torch.float32"
+    assert supports(PROBLEM._replace(head_dim_v=264)) == "its head dim is at most 256 here, not 264"
+    assert supports(PROBLEM._replace(dropout_p=0.1)) == "it has no dropout"
+    assert supports(PROBLEM._replace(positions=True)) is None
+    assert supports(PROBLEM._replace(positions=True, window_right=0)) == "a window that speaks of positions is unknown to it"
+    on(monkeypatch, 10, 0)
+    assert supports(PROBLEM._replace(head_dim=256)) == "its head dim is at most 128 here, not 256"
+    on(monkeypatch, 8, 6)
+    assert supports(PROBLEM) == "it is used with compute capability 9 and 10, and this device has 8.6"
+
+
+def test_releases_that_are_not_understood(monkeypatch: pytest.MonkeyPatch, package: FlashAttn4) -> None:
+    def reason() -> str | None:
+        on(monkeypatch, 9, 0)
+        return flash4.supports(PROBLEM)
+
+    backward = package.module._flash_attn_bwd
+
+    def old(q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: Any = None, causal: Any = False) -> None: ...
+
+    monkeypatch.setattr(package.module, "_flash_attn_bwd", old)
+    assert (reason() or "").startswith("_flash_attn_bwd of this release of flash-attn-4 does not take cu_seqlens_k,")
+    names = ", ".join(sorted(flash4.BACKWARD))
+    exec(f"def new({names}, secret): ...", scope := {})
+    monkeypatch.setattr(package.module, "_flash_attn_bwd", scope["new"])
+    assert reason() == "_flash_attn_bwd of this release of flash-attn-4 wants secret, which is not known here"
+    monkeypatch.delattr(package.module, "_flash_attn_bwd")
+    assert reason() == "this release of flash-attn-4 has no _flash_attn_bwd"
+    monkeypatch.setattr(package.module, "_flash_attn_bwd", backward, raising=False)
+    assert reason() is None
+    monkeypatch.delitem(sys.modules, flash4.MODULE)
+    assert reason() == "flash_attn.cute.interface is not installed (pip install --pre flash-attn-4)"
+
+
+def test_a_module_that_is_there_already() -> None:
+    assert isinstance(load(flash4.MODULE), ModuleType)
