@@ -16,7 +16,7 @@ def test_defaults() -> None:
         "kernels": "auto",
         "round_tokens": 128,
         "max_density": 0.9,
-        "min_positions": 0,
+        "min_positions": -1,
         "inner_backend": "inductor",
     } or any(name.startswith("VARLEN_INDUCTOR_") for name in os.environ)
 
@@ -44,7 +44,7 @@ def test_unknown_knob_is_an_error() -> None:
         ("round_tokens", 1.5, "of type int"),
         ("round_tokens", True, "of type int"),
         ("max_density", 2, "between 0 and 1"),
-        ("min_positions", -1, "at least 0"),
+        ("min_positions", -2, "a number of positions, or -1"),
         ("nothing", 1, "no knob 'nothing'; it has debug, enabled"),
     ],
 )

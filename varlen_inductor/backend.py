@@ -44,6 +44,11 @@ class InnerCompiler:
         self.backend = backend
         self.original = original
 
+    @property
+    def records_cuda_graphs(self) -> bool:
+        """Whether Inductor is asked for CUDA graphs, as ``mode="reduce-overhead"`` does."""
+        return bool(self.options.get("triton.cudagraphs", _compat.inductor_setting("triton.cudagraphs")))
+
     def compile(self, gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
         """Compile a graph that takes the same inputs as Dynamo's, under Dynamo's tracing context.
 

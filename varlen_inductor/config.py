@@ -59,8 +59,9 @@ round_tokens: int = 128
 max_density: float = 0.9
 """Above this share of valid tokens the padded graph runs: packing could not pay for itself."""
 
-min_positions: int = 0
-"""A batch of fewer positions than this, padded ones included, runs padded: so little work is over before packing has paid."""
+min_positions: int = -1
+"""A batch of fewer positions than this, padded ones included, runs padded: so little work is over before packing has paid.
+-1: as measured, by the size of the model's linears on a GPU (``patterns/worth.py``), and 0 on the CPU."""
 
 inner_backend: str = "inductor"
 """The Dynamo backend that compiles what we have rewritten. Others than ``"inductor"`` (``"eager"``, ``"aot_eager"``) are for
@@ -90,8 +91,8 @@ def problem_with(name: str, value: Any) -> str | None:
         return f"varlen.{name} is {value!r}; it must be of type {expected.__name__}"
     elif name == "round_tokens" and value < 1:
         return f"varlen.{name} is {value!r}; it must be at least 1"
-    elif name == "min_positions" and value < 0:
-        return f"varlen.{name} is {value!r}; it must be at least 0"
+    elif name == "min_positions" and value < -1:
+        return f"varlen.{name} is {value!r}; it must be a number of positions, or -1 for what was measured"
     elif name == "max_density" and not 0.0 <= value <= 1.0:
         return f"varlen.{name} is {value!r}; it must lie between 0 and 1"
     return None

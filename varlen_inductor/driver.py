@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, config, report, runtime
-from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions
+from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, worth
 from varlen_inductor.patterns import builder as packing
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
@@ -43,12 +43,16 @@ _ATTENTION_HINTS = ("scaled_dot_product", "softmax", "multi_head_attention", "tr
 
 @dataclass
 class Rewrite:
-    """What the passes made of a graph. ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten."""
+    """What the passes made of a graph. ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten.
+
+    Batches of fewer than ``min_positions`` run padded.
+    """
 
     report: report.Report
     gm: fx.GraphModule | None = None
     plan: fx.GraphModule | None = None
     domains: int = 0
+    min_positions: int = 0
 
 
 @dataclass
@@ -81,7 +85,7 @@ def compile_graph(
     if not _may_have_attention(gm):
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
-    rewrite = rewrite_graph(gm, mode=config.packing)
+    rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
     report.publish(rewrite.report)
     if rewrite.gm is None:
         return inner.compile(gm, example_inputs)
@@ -93,6 +97,7 @@ def compile_graph(
         body=rewrite.gm,
         padded=gm,
         domains=rewrite.domains,
+        min_positions=rewrite.min_positions,
         varying=[i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if not _is_fixed(node)],
         inner=inner,
         dynamic=True if symbolic else None,
@@ -117,11 +122,12 @@ def rewrite_in_place(gm: fx.GraphModule) -> report.Report:
     return rewrite.report
 
 
-def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
+def rewrite_graph(gm: fx.GraphModule, *, mode: str, cuda_graphs: bool = False) -> Rewrite:
     """Run the passes over a copy of ``gm``.
 
     Args:
         mode: ``"model"``, ``"attention"`` or ``"off"`` (only look).
+        cuda_graphs: whether Inductor is to record CUDA graphs.
     """
     made = report.Report()
     made.see_before(gm)
@@ -143,7 +149,7 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str) -> Rewrite:
             "second time; enter autocast outside of the compiled function, or take PyTorch 2.13"
         )
     for attempt in attempts:
-        rewrite = _rewrite_until_settled(sites, made, attempt, partial)
+        rewrite = _rewrite_until_settled(sites, made, attempt, partial, cuda_graphs)
         if rewrite is not None:
             made.see_after(rewrite.gm)  # type: ignore[arg-type]
             return rewrite
@@ -219,11 +225,13 @@ def _no_use(proof: Any, candidate: Any, opaque: frozenset[fx.Node]) -> str | Non
 # --- regions and emission ------------------------------------------------------------------------------------------------------
 
 
-def _rewrite_until_settled(sites: Sites, made: report.Report, mode: regions.Mode, partial: bool) -> Rewrite | None:
+def _rewrite_until_settled(
+    sites: Sites, made: report.Report, mode: regions.Mode, partial: bool, cuda_graphs: bool
+) -> Rewrite | None:
     """Rewrite; whenever one attention turns out to be impossible, give it up and start over."""
     while sites.lines:
         try:
-            return _rewrite_once(sites, made, mode, partial)
+            return _rewrite_once(sites, made, mode, partial, cuda_graphs)
         except SiteRefused as refusal:
             sites.give_up(refusal.site, refusal.reason)
         except recompute.NotRegroupable as refusal:
@@ -241,7 +249,9 @@ def _rewrite_until_settled(sites: Sites, made: report.Report, mode: regions.Mode
     return None
 
 
-def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial: bool) -> Rewrite | None:
+def _rewrite_once(
+    sites: Sites, made: report.Report, mode: regions.Mode, partial: bool, cuda_graphs: bool
+) -> Rewrite | None:
     graph = sites.gm.graph
     table = oprules.infer(graph)
     live = demand.live_nodes(graph)
@@ -257,7 +267,7 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
     )
     for site, reason in choice.refused.items():
         raise SiteRefused(site, reason)
-    if mode == "model" and not _worth_packing(choice):
+    if mode == "model" and not worth.worth_packing(choice):
         return None
     relied_on = facts.facts_of(choice, table) if mode == "model" else []
     if mode == "attention":
@@ -284,16 +294,12 @@ def _rewrite_once(sites: Sites, made: report.Report, mode: regions.Mode, partial
     if mode == "model":
         align.align_wide_linears(built)
     body = recompute.regroup(built)
+    min_positions = 0
+    if mode == "model":
+        min_positions = config.min_positions if config.min_positions >= 0 else worth.smallest_batch(choice, cuda_graphs)
+        made.notes.append(_when_packed(min_positions))
     _fill_report(made, sites, choice, relied_on, mode)
-    return Rewrite(made, body, plan, len(domains))
-
-
-def _worth_packing(choice: regions.Choice) -> bool:
-    """Whether some region holds more than its attentions."""
-    return any(attention_of(node) is None and oprules.op_name(node) in _HEAVY for region in choice.regions for node in region.nodes)
-
-
-_HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
+    return Rewrite(made, body, plan, len(domains), min_positions)
 
 
 def _refuse_what_needs_facts(choice: regions.Choice) -> None:
@@ -402,12 +408,10 @@ def _fill_report(
         made.regions.append(shown)
     made.notes.extend(text for text in choice.assumptions if text not in made.notes)
     made.notes.extend(f"checked at run time: {fact.text}; if not, the padded graph runs" for fact in relied_on)
-    if mode == "model":
-        made.notes.append(_when_packed())
 
 
-def _when_packed() -> str:
-    smallest = f"fewer than {config.min_positions} positions (config.min_positions), or with " if config.min_positions else ""
+def _when_packed(min_positions: int) -> str:
+    smallest = f"fewer than {min_positions} positions (config.min_positions), or with " if min_positions else ""
     return f"batches with {smallest}more than {config.max_density:.0%} of them valid (config.max_density) run padded"
 
 

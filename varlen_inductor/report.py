@@ -308,7 +308,10 @@ def _kernels(sites: Sequence[Site]) -> Iterator[str]:
             found.setdefault((site.kernel, tuple(site.other_kernels.items())), []).append(number)
     for (kernel, others), numbers in found.items():
         of = "all" if len(numbers) == len(sites) else ", ".join(map(str, numbers))
-        reasons = "; ".join(f"not {name}: {reason}" for name, reason in others)
+        alike: dict[str, list[str]] = {}
+        for name, reason in others:
+            alike.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in alike.items())
         yield f"kernel of {of}: {kernel}" + (f" ({reasons})" if reasons else "")
 
 

@@ -33,6 +33,7 @@ class PackedProgram:
         body: the packed graph: the same inputs, then ``index``, ``inverse`` and ``cu_seqlens`` of each domain.
         padded: the graph as Dynamo gave it.
         domains: how many there are.
+        min_positions: batches of fewer positions, padded ones included, run padded.
         varying: which inputs (by place) may differ in size or stride from call to call.
         inner: compiles both.
         dynamic: ``True`` when sizes of the inputs are symbolic, else None.
@@ -45,6 +46,7 @@ class PackedProgram:
         body: fx.GraphModule,
         padded: fx.GraphModule,
         domains: int,
+        min_positions: int,
         varying: Sequence[int],
         inner: InnerCompiler,
         dynamic: bool | None,
@@ -59,7 +61,7 @@ class PackedProgram:
         # Knobs are read now: later calls may come from another thread, where `config.patch` of the compile does not reach.
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
-        self.min_positions = config.min_positions
+        self.min_positions = min_positions
         self.strict = config.strict
         self.broken = False
         self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic)

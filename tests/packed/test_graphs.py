@@ -278,7 +278,7 @@ graph 0/0: 1 of 1 attention rewritten, 14 operations on valid tokens only, in 1 
 0  scaled_dot_product_attention  key: valid[b, k]  rewritten (packed)  cpu
    attend (line)
 
-kernel of all: cpu (not aten_flash: it runs on CUDA only; not triton: it runs on CUDA only; not math: cpu comes first)
+kernel of all: cpu (not aten_flash, triton, cudnn, flash4, flash3, flash2: it runs on CUDA only; not math: cpu comes first)
 
 region 0: 14 operations on the tokens where valid[b, k]; 1 pack, 1 unpack
 edge    value        why                          source
@@ -286,7 +286,7 @@ edge    value        why                          source
 pack    l_kwargs_x_  first used packed by linear  attend.key_value (line)
 unpack  add_1        select runs on padded rows   (line)
 
-note: checked at run time: position 0 of every sequence is valid (valid[b, k]); if not, the padded graph runs
+note: batches with more than 90% of them valid (config.max_density) run padded
 
-note: batches with more than 90% of them valid (config.max_density) run padded""",
+note: checked at run time: position 0 of every sequence is valid (valid[b, k]); if not, the padded graph runs""",
     )

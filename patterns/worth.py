@@ -1,0 +1,61 @@
+"""Whether packing a region can pay, and from which size of batch on.
+
+A region that holds nothing but attentions is not worth a plan. Where there is more, a packed step saves work and costs a wait for
+the number of tokens; on a GPU a small batch has no work to save: its kernels are over before the host has launched the next. What
+decides is how long a linear runs, against the time that it takes to launch one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from .nodes import aten, calls, tensor
+from .oprules import op_name
+from .regions import Choice
+from .site import attention_of
+
+HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
+LEAST_WORK = 1.2e10
+"""Multiply-adds of a padded linear, in the mean, from which on packing pays on a GPU: between the largest batch that lost and the
+smallest that gained by it in benchmarks/when_to_pack.py on one H100 (B 32, S 128 and B 32, S 512, width 768)."""
+WITH_CUDA_GRAPHS = 0.25
+"""So much less where nothing is launched one by one."""
+
+
+def worth_packing(choice: Choice) -> bool:
+    """Whether some region holds more than its attentions."""
+    return any(attention_of(node) is None and op_name(node) in HEAVY for node in _packed(choice))
+
+
+def smallest_batch(choice: Choice, cuda_graphs: bool) -> int:
+    """The number of positions, padded ones included, from which on packing these regions pays; 0 on the CPU.
+
+    Args:
+        cuda_graphs: whether the compiled graphs are to be recorded.
+    """
+    sizes = [size for node in _packed(choice) if (size := _outputs_times_inputs(node)) is not None]
+    if not sizes:
+        return 0
+    work = LEAST_WORK * (WITH_CUDA_GRAPHS if cuda_graphs else 1.0)
+    return math.ceil(work * len(sizes) / sum(sizes))
+
+
+def _packed(choice: Choice) -> Iterable[fx.Node]:
+    return (node for region in choice.regions for node in region.nodes)
+
+
+def _outputs_times_inputs(node: fx.Node) -> int | None:
+    """The size of the weight of a linear on a GPU."""
+    if not calls(node, aten.linear, aten.addmm, aten.mm, aten.matmul):
+        return None
+    found = [tensor(x) for x in node.all_input_nodes]
+    weights = [x for x in found if x is not None and x.dim() == 2 and x.device.type == "cuda" and _known(x)]
+    return max((x.numel() for x in weights), default=None)
+
+
+def _known(x: torch.Tensor) -> bool:
+    return all(isinstance(n, int) for n in x.shape)
