@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops import attention
+from varlen_inductor.ops.pages import gather_pages
+from varlen_inductor.ops.problem import Layout, Rule
+from varlen_inductor.ops.validate import check_operands
 
 
 class AuxRequest(NamedTuple):
@@ -37,6 +40,7 @@ def varlen_attn(
     dropout_p: float = 0.0,
     position_q: Tensor | None = None,
     position_k: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Scaled dot product attention within each of N sequences that lie one after the other, without padding.
 
@@ -60,14 +64,18 @@ def varlen_attn(
             ``H_q / H_kv`` query heads shares one.
         seqused_k: shape (N,), int32: sequence ``i`` uses only its first ``seqused_k[i]`` keys.
         block_table: shape (N, pages_per_sequence), int32: sequence ``i`` has its keys and values in these pages, in this
-            order. Requires ``seqused_k``. The pages are gathered into a copy.
-        num_splits: how many parts of a sequence's keys are worked on at the same time. Taken for compatibility: none of the
-            kernels splits them, so the result for a sequence never depends on the others in the batch.
+            order. Requires ``seqused_k``; ``cu_seq_k`` is not read then. Read where they lie if a kernel can, else gathered into a
+            copy, as they are when a gradient is asked for.
+        num_splits: how many parts of a sequence's keys are worked on at the same time; each kernel chooses by default. With 1 the
+            result for a sequence is the same bit by bit whatever the others in the batch are.
         dropout_p: the probability with which an attention weight is dropped; apply it in training only. Drawn from the
             default generator of the device, so ``torch.manual_seed`` reproduces it.
         position_q: shape (T_q,), int32 or int64. With both, ``window_size`` speaks of these positions, not of the places
             within the sequence: a query at ``p`` sees the keys at ``p - left`` to ``p + right``.
         position_k: shape (T_k,), int32 or int64.
+        softcap: if above 0, scores (behind the scale) become ``softcap * tanh(scores / softcap)`` before mask and softmax.
+
+    Gradients are the same bit by bit every time if ``torch.use_deterministic_algorithms(True)`` is set when they are computed.
 
     Returns:
         out, shape (T_q, H_q, D_v), dtype of ``query``, contiguous; with ``return_aux.lse`` also lse, shape (H_q, T_q),
@@ -91,7 +99,12 @@ def varlen_attn(
     if num_splits is not None and num_splits < 0:
         raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
     if block_table is not None:
-        key, value, cu_seq_k = _gather_pages(key, value, block_table, cu_seq_q, seqused_k)
+        cu_seq_k = cu_seq_q  # not read
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            paged = Layout(cu_seq_q, cu_seq_q, max_q, max_k, seqused_k, block_table=block_table)
+            check_operands(query, key, value, paged, Rule(1.0))
+            key, value, gathered = gather_pages(key, value, paged)
+            cu_seq_k, block_table = gathered.cu_seq_k, None
     elif cu_seq_k is None:
         raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
     _check_heads(query, key, enable_gqa)
@@ -110,6 +123,9 @@ def varlen_attn(
         seqused_k=seqused_k,
         position_q=position_q,
         position_k=position_k,
+        softcap=softcap,
+        block_table=block_table,
+        batch_invariant=num_splits == 1,
     )
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
@@ -191,29 +207,8 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
 
 
 def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
-    if query.dim() == 3 and key.dim() == 3 and not enable_gqa and query.shape[1] != key.shape[1]:
+    if not enable_gqa and query.dim() == 3 and key.dim() >= 3 and query.shape[1] != key.shape[-2]:
         raise ValueError(
-            f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share key heads between query "
+            f"query has {query.shape[1]} heads and key {key.shape[-2]}; pass enable_gqa=True to share key heads between query "
             f"heads, or give both as many"
         )
-
-
-def _gather_pages(
-    key: Tensor, value: Tensor, block_table: Tensor, cu_seq_q: Tensor, seqused_k: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value with the pages of each sequence one after the other, and where each sequence ends."""
-    if seqused_k is None:
-        raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
-    for name, x in (("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)")
-    sequences = cu_seq_q.shape[0] - 1
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != sequences:
-        raise ValueError(
-            f"block_table is {block_table.dtype} of shape {tuple(block_table.shape)}; it must be torch.int32 of shape "
-            f"({sequences}, pages_per_sequence)"
-        )
-    pages = block_table.clamp(0, key.shape[0] - 1)  # behind the pages that a sequence uses anything may stand
-    capacity = block_table.shape[1] * key.shape[1]
-    ends = torch.arange(sequences + 1, dtype=torch.int32, device=block_table.device) * capacity
-    return key[pages].flatten(0, 2), value[pages].flatten(0, 2), ends

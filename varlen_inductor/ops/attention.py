@@ -15,6 +15,11 @@ Schema of ``varlen_attn``::
     seqused_k            (N,) int32: sequence i has only this many keys, the first of its rows
     position_q/k         (T_q,), (T_k,) int: with both, query i sees the keys j with
                          position_q[i] - left <= position_k[j] <= position_q[i] + right
+    softcap              if above 0, scores (behind the scale) become softcap * tanh(scores / softcap); then come window and softmax
+    block_table          (N, pages of a sequence) int32: key (pages, page_size, H_k, D) and value (pages, page_size, H_k, D_v) are
+                         pages; sequence i has those that its row names, in that order, and uses seqused_k[i] rows of them, which
+                         must be given; cu_seq_k is not read then (pass cu_seq_q), there are no positions and no gradient
+    batch_invariant      a sequence's result is the same bit by bit whatever the others of its batch are
     kernels              as ``varlen_inductor.config.kernels``, which is meant by None
     tails_unread         the caller reads no row behind the last sequence, neither of the results nor of the gradients, and no
                          lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved)
@@ -37,12 +42,14 @@ from torch import Tensor
 
 from varlen_inductor import _compat, config
 from varlen_inductor.ops.backends import choose, fallback
+from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 from varlen_inductor.ops.validate import check_lengths, check_operands
 
 _OPTIONS = (
     "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
-    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False"
+    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False, "
+    "float softcap=0.0, Tensor? block_table=None, bool batch_invariant=False"
 )
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -81,12 +88,15 @@ def split_arguments(
     position_k: Tensor | None = None,
     kernels: str | None = None,
     tails_unread: bool = False,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Layout, Rule, str | None]:
     """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
-    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread)
+    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, block_table)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2] or 1)
-    return layout, Rule(scale, window_left, window_right, dropout_p), kernels
+    return layout, Rule(scale, window_left, window_right, dropout_p, softcap, batch_invariant), kernels
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,12 +129,15 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator without its checks: real tensors, below autograd."""
     if _nothing_to_attend(query, key, layout):
-        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
     problem = Problem.of(query, key, value, layout, rule)
-    backend = choose(problem, kernels, False, fallback.failed(problem, False)).backend
+    choice = choose(problem, kernels, False, fallback.failed(problem, False))
+    backend = choice.backend
     try:
+        if choice.gathers:
+            return backend.forward(query, *gather_pages(key, value, layout), rule)
         return backend.forward(query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, False)
@@ -159,7 +172,9 @@ def run_backward(
 
 
 def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
-    return query.numel() == 0 or key.shape[0] == 0 or layout.cu_seq_q.shape[0] == 1
+    if query.numel() == 0 or key.numel() == 0 or layout.cu_seq_q.shape[0] == 1:
+        return True
+    return layout.block_table is not None and layout.block_table.shape[1] == 0
 
 
 LIBRARY.impl("varlen_attn", _forward, "CompositeExplicitAutograd")
@@ -177,7 +192,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **optio
     layout, rule, _ = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
     tokens, heads, _ = query.shape
-    out = query.new_empty((tokens, heads, value.shape[2]))
+    out = query.new_empty((tokens, heads, value.shape[-1]))
     lse = query.new_empty((heads, tokens), dtype=lse_dtype(query.dtype))
     return out, lse, query.new_empty((_rng_size(rule),), dtype=torch.uint64)
 
@@ -265,6 +280,8 @@ def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
     # The backward runs in a thread of autograd's, where the knobs have their defaults: fix the choice of kernel here.
     options.setdefault("kernels", config.kernels)
     if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
+        if options.get("block_table") is not None:
+            raise RuntimeError("keys in pages have no gradient: call this under torch.no_grad(), or varlen_inductor.varlen_attn")
         return _VarlenAttn.apply(below, options, *args)
     return _below(varlen_attn, _forward, below, args, options)
 

@@ -31,7 +31,7 @@ def forward_flops(
 ) -> int:
     """Scores, then the weighted sum of values."""
     pairs = _pairs(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
-    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[-1])
 
 
 @register_flop_formula(torch.ops.varlen_inductor.varlen_attn_backward, get_raw=True)

@@ -28,6 +28,8 @@ class Choice(NamedTuple):
 
     backend: Backend
     refused: dict[str, str]
+    gathers: bool = False
+    """Whether no backend reads keys in pages, so that this one runs once the pages are gathered."""
 
 
 def backend_names() -> list[str]:
@@ -80,6 +82,8 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
             chosen = backend
         else:
             refused[backend.name] = f"{chosen.name} comes first"
+    if chosen is None and problem.paged:
+        return choose(problem._replace(paged=False, page_size=0), kernels, backward, failed)._replace(gathers=True)
     if chosen is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"varlen_attn: no kernel can run this attention ({reasons})")

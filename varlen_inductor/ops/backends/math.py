@@ -27,8 +27,8 @@ DROPOUT_STEPS = 1 << 16
 
 
 def supports(problem: Problem) -> str | None:
-    """``None``: whatever the operator defines, this computes."""
-    return None
+    """``None``: whatever the operator defines, this computes; but for keys in pages, which are gathered for it."""
+    return "it does not read pages where they lie" if problem.paged else None
 
 
 class Block(NamedTuple):
@@ -126,7 +126,10 @@ def run_backward(
     for block in _blocks(run, query.shape[1], layout, rule):
         q, g = _by_head(queries[:, block.q], groups), _by_head(grad_outs[:, block.q], groups)
         k, v = keys[:, block.k], values[:, block.k]
-        p = _probabilities(_scores(q, k, block, run.count, groups, rule), _by_head(lses[:, block.q], groups))
+        scores = _scores(q, k, block, run.count, groups, rule)
+        # Behind a cap c * tanh(x / c) the gradient is 1 - tanh(x / c) ** 2 of that before it. (A hidden score's weight is 0.)
+        slope = scores.div(rule.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0) if rule.softcap > 0.0 else None
+        p = _probabilities(scores, _by_head(lses[:, block.q], groups))
         dropout = _dropout(p, rule, generator)
         if dropout is not None:
             g = g * dropout.factor
@@ -138,6 +141,8 @@ def run_backward(
         grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
         if grad_lses is not None:
             grad_scores.addcmul_(p, _by_head(grad_lses[:, block.q], groups))
+        if slope is not None:
+            grad_scores *= slope
         grad_scores *= rule.scale
         grad_keys[:, block.k] += torch.bmm(grad_scores.mT, q)
         grad_queries = torch.bmm(grad_scores, k)
@@ -212,6 +217,8 @@ def _in_window(at_q: Tensor, at_k: Tensor, rule: Rule) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, block: Block, count: int, groups: int, rule: Rule) -> Tensor:
     scores = torch.bmm(q, k.mT).mul_(rule.scale)
+    if rule.softcap > 0.0:
+        scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
     if block.visible is not None:
         hidden = block.visible.logical_not()[:, None, None]
         scores.unflatten(1, (groups, -1)).unflatten(0, (count, -1)).masked_fill_(hidden, float("-inf"))

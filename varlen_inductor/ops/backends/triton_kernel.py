@@ -72,6 +72,10 @@ def supports(problem: Problem) -> str | None:
         return f"it computes in float16, bfloat16 or float32, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"its head dim is at most {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
+    if problem.softcap > 0.0:
+        return "it has no softcap"
+    if problem.paged:
+        return "it does not read pages where they lie"
     if problem.dropout_p == 1.0:
         return "it cannot drop everything"
     return None
