@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops import attention
+from varlen_inductor import _compat
+from varlen_inductor.ops import attention, eager
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import Layout, Rule
 from varlen_inductor.ops.validate import check_operands
@@ -108,6 +110,12 @@ def varlen_attn(
     elif cu_seq_k is None:
         raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
     _check_heads(query, key, enable_gqa)
+    want_lse = return_aux is not None and return_aux.lse
+    if not torch.compiler.is_compiling() and _compat.goes_straight(query, key, value):
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
+        layout = Layout(cu_seq_q, cu_seq_k, int(max_q), int(max_k), seqused_k, position_q, position_k, False, block_table)
+        rule = Rule(scale, window_left, window_right, dropout_p, softcap, num_splits == 1)
+        return eager.attend(query, key, value, layout, rule, want_lse)
     out, lse, _ = attention.varlen_attn(
         query,
         key,
@@ -127,7 +135,7 @@ def varlen_attn(
         block_table=block_table,
         batch_invariant=num_splits == 1,
     )
-    return (out, lse) if return_aux is not None and return_aux.lse else out
+    return (out, lse) if want_lse else out
 
 
 def varlen_attn_out(

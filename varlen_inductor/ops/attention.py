@@ -69,6 +69,10 @@ varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
 varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
 
 
+debug = _compat.knob_reader(config, "debug")
+default_kernels = _compat.knob_reader(config, "kernels")
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,9 +106,9 @@ def split_arguments(
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
-    if config.debug:
+    if debug():
         check_lengths(layout, query.shape[0], key.shape[0])
-    return run_forward(query, key, value, layout, rule, config.kernels if kernels is None else kernels)
+    return run_forward(query, key, value, layout, rule, default_kernels() if kernels is None else kernels)
 
 
 def _backward(
@@ -120,19 +124,19 @@ def _backward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = config.kernels if kernels is None else kernels
+    kernels = default_kernels() if kernels is None else kernels
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str, problem: Problem | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator without its checks: real tensors, below autograd."""
+    """The operator without its checks: real tensors, below autograd. ``problem`` is what they pose, if it is known."""
     if _nothing_to_attend(query, key, layout):
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
-    problem = Problem.of(query, key, value, layout, rule)
+    problem = problem or Problem.of(query, key, value, layout, rule)
     choice = choose(problem, kernels, False, fallback.failed(problem, False))
     backend = choice.backend
     try:
@@ -141,7 +145,7 @@ def run_forward(
         return backend.forward(query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, False)
-    return run_forward(query, key, value, layout, rule, kernels)
+    return run_forward(query, key, value, layout, rule, kernels, problem)
 
 
 def run_backward(
@@ -156,19 +160,20 @@ def run_backward(
     layout: Layout,
     rule: Rule,
     kernels: str,
+    problem: Problem | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of ``run_forward`` with the same ``kernels``."""
     if _nothing_to_attend(query, key, layout):
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
-    problem = Problem.of(query, key, value, layout, rule)
+    problem = problem or Problem.of(query, key, value, layout, rule)
     backend = choose(problem, kernels, True, fallback.failed(problem, True)).backend
     try:
         return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, True)
-    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
 
 
 def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
@@ -229,6 +234,55 @@ def _below(
         return op.redispatch(keyset, *args, **options)  # type: ignore[no-any-return]
 
 
+def through_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+    kernels: str,
+    problem: Problem | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key and value from those of the results, if any; past the dispatcher where it would do nothing."""
+    if grad_out is None:
+        if grad_lse is None:
+            return None, None, None
+        grad_out = torch.zeros_like(out)
+    if _compat.nothing_intercepts(grad_out, grad_lse, query):
+        return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _ = layout
+    scale, window_left, window_right, dropout_p, softcap, _ = rule
+    return varlen_attn_backward(  # type: ignore[no-any-return]
+        grad_out,
+        grad_lse,
+        out,
+        lse,
+        rng_state,
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        dropout_p=dropout_p,
+        seqused_k=seqused_k,
+        position_q=position_q,
+        position_k=position_k,
+        kernels=kernels,
+        tails_unread=tails_unread,
+        softcap=softcap,
+    )
+
+
 class _VarlenAttn(torch.autograd.Function):
     """The operator with its gradient. Every tensor comes by position, as autograd wants it."""
 
@@ -247,28 +301,10 @@ class _VarlenAttn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse, _ = grads
         out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * 9
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        # On the way of every eager training step: past the dispatcher where it would do nothing.
-        run = _backward if _compat.nothing_intercepts(grad_out, grad_lse, query) else varlen_attn_backward
-        gradients = run(
-            grad_out,
-            grad_lse,
-            out,
-            lse,
-            rng_state,
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            ctx.max_q,
-            ctx.max_k,
-            **ctx.options,
-            **dict(zip(ctx.tensor_names, tensors, strict=True)),
-        )
+        options = {**ctx.options, **dict(zip(ctx.tensor_names, tensors, strict=True))}
+        layout, rule, kernels = split_arguments(query, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, **options)
+        kernels = default_kernels() if kernels is None else kernels
+        gradients = through_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
         return None, None, *gradients, None, None, None, None
 
 
@@ -278,7 +314,7 @@ _TENSOR_OPTIONS = ("seqused_k", "position_q", "position_k")
 def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
     below = _compat.keys_after_autograd(keyset)
     # The backward runs in a thread of autograd's, where the knobs have their defaults: fix the choice of kernel here.
-    options.setdefault("kernels", config.kernels)
+    options.setdefault("kernels", default_kernels())
     if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
         if options.get("block_table") is not None:
             raise RuntimeError("keys in pages have no gradient: call this under torch.no_grad(), or varlen_inductor.varlen_attn")

@@ -64,33 +64,41 @@ def _check_pages(block_table: Tensor, layout: Layout, device: torch.device) -> N
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor, paged: bool) -> None:
-    for name, x, dims in (("query", query, 3), ("key", key, 4 if paged else 3), ("value", value, 4 if paged else 3)):
-        if x.dim() != dims:
-            expected = "tokens, heads, head_dim), the sequences one after the other"
-            if dims == 4:
-                expected = "pages, page_size, heads, head_dim), since block_table is given"
-            raise ValueError(f"{name} has shape {_shape(x)}; it must be ({expected}")
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query is {query.dtype}; it must be one of {', '.join(map(str, DTYPES))}")
+    shape, shape_k, shape_v = query.shape, key.shape, value.shape
+    dims = 4 if paged else 3
+    if len(shape) != 3 or len(shape_k) != dims or len(shape_v) != dims:
+        raise ValueError(_wrong_rank(query, key, value, dims))
+    dtype, device = query.dtype, query.device
+    if dtype not in DTYPES:
+        raise TypeError(f"query is {dtype}; it must be one of {', '.join(map(str, DTYPES))}")
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} is {x.dtype} and query is {query.dtype}; cast them to one dtype")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device} and query on {query.device}; move them to one device")
-    (_, heads, dim), (tokens_k, *_, heads_k, dim_k) = query.shape, key.shape
-    if _differ(value.shape[0], tokens_k) or value.shape[-2] != heads_k:
+        if x.dtype != dtype:
+            raise TypeError(f"{name} is {x.dtype} and query is {dtype}; cast them to one dtype")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and query on {device}; move them to one device")
+    heads, dim, tokens_k, heads_k = shape[1], shape[2], shape_k[0], shape_k[-2]
+    if _differ(shape_v[0], tokens_k) or shape_v[-2] != heads_k:
         raise ValueError(
             f"value has shape {_shape(value)}; it must have the {tokens_k} {'pages' if paged else 'tokens'} and {heads_k} heads of "
             f"key {_shape(key)}"
         )
-    if dim_k != dim:
-        raise ValueError(f"key has head dim {dim_k} and query {dim}; they must be equal (only value's may differ)")
+    if shape_k[-1] != dim:
+        raise ValueError(f"key has head dim {shape_k[-1]} and query {dim}; they must be equal (only value's may differ)")
     if heads_k == 0 or heads % heads_k != 0:
         raise ValueError(f"query has {heads} heads and key {heads_k}; query's must be a multiple of key's")
-    if dim == 0 or value.shape[-1] == 0:
-        raise ValueError(f"query has head dim {dim} and value {value.shape[-1]}; both must be at least 1")
-    if paged and _differ(value.shape[1], key.shape[1]):
-        raise ValueError(f"value has pages of {value.shape[1]} keys and key of {key.shape[1]}; they must be equal")
+    if dim == 0 or shape_v[-1] == 0:
+        raise ValueError(f"query has head dim {dim} and value {shape_v[-1]}; both must be at least 1")
+    if paged and _differ(shape_v[1], shape_k[1]):
+        raise ValueError(f"value has pages of {shape_v[1]} keys and key of {shape_k[1]}; they must be equal")
+
+
+def _wrong_rank(query: Tensor, key: Tensor, value: Tensor, dims: int) -> str:
+    operands = (("query", query, 3), ("key", key, dims), ("value", value, dims))
+    name, x, rank = next((name, x, rank) for name, x, rank in operands if x.dim() != rank)
+    expected = "tokens, heads, head_dim), the sequences one after the other"
+    if rank == 4:
+        expected = "pages, page_size, heads, head_dim), since block_table is given"
+    return f"{name} has shape {_shape(x)}; it must be ({expected}"
 
 
 def _check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
