@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat
-from varlen_inductor.ops import attention, eager
+from varlen_inductor.ops import attention, eager, into
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import Layout, Rule
 from varlen_inductor.ops.validate import check_operands
@@ -98,18 +98,14 @@ def varlen_attn(
     """
     _check_types(query=query, key=key, value=value, cu_seq_q=cu_seq_q)
     window_left, window_right = _window(window_size)
-    if num_splits is not None and num_splits < 0:
-        raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
-    if block_table is not None:
-        cu_seq_k = cu_seq_q  # not read
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            paged = Layout(cu_seq_q, cu_seq_q, max_q, max_k, seqused_k, block_table=block_table)
-            check_operands(query, key, value, paged, Rule(1.0))
-            key, value, gathered = gather_pages(key, value, paged)
-            cu_seq_k, block_table = gathered.cu_seq_k, None
-    elif cu_seq_k is None:
-        raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
+    cu_seq_k = _key_offsets(cu_seq_q, cu_seq_k, block_table)
+    _check_splits(num_splits)
     _check_heads(query, key, enable_gqa)
+    if block_table is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        paged = Layout(cu_seq_q, cu_seq_q, max_q, max_k, seqused_k, block_table=block_table)
+        check_operands(query, key, value, paged, Rule(1.0))
+        key, value, gathered = gather_pages(key, value, paged)
+        cu_seq_k, block_table = gathered.cu_seq_k, None
     want_lse = return_aux is not None and return_aux.lse
     if not torch.compiler.is_compiling() and _compat.goes_straight(query, key, value):
         scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
@@ -158,11 +154,11 @@ def varlen_attn_out(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`varlen_attn` into a tensor that is there already. It has no gradient.
 
-    The kernels write a tensor of their own, which is then copied: this is for callers that need the result at its place, it saves
-    no memory.
+    Triton's kernel writes it where it is, if its last dim is contiguous; the others write a tensor of their own, which is copied.
 
     Args:
-        out: shape (T_q, H_q, D_v), dtype and device of ``query``; any strides. Overwritten.
+        out: shape (T_q, H_q, D_v), dtype and device of ``query``; any strides; no memory shared with ``key`` or ``value``.
+            Overwritten.
 
     Returns:
         ``out``; with ``return_aux.lse`` also lse.
@@ -171,16 +167,15 @@ def varlen_attn_out(
         TypeError, ValueError: as for :func:`varlen_attn`, and if ``out`` does not fit.
         RuntimeError: a gradient is asked for.
     """
-    _check_types(out=out, query=query, key=key, value=value)
+    _check_types(out=out, query=query, key=key, value=value, cu_seq_q=cu_seq_q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, key, value)):
         raise RuntimeError("varlen_attn_out has no gradient: call varlen_attn, or this one under torch.no_grad()")
-    expected = (*query.shape[:-1], value.shape[-1])
-    if out.shape != expected or out.dtype != query.dtype or out.device != query.device:
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; it must be {query.dtype} of shape {expected} on "
-            f"{query.device}: that of query, with the head dim of value"
-        )
-    result, lse = varlen_attn(
+    window_left, window_right = _window(window_size)
+    cu_seq_k = _key_offsets(cu_seq_q, cu_seq_k, block_table)
+    _check_splits(num_splits)
+    _check_heads(query, key, enable_gqa)
+    lse = into.varlen_attn_out(
+        out,
         query,
         key,
         value,
@@ -188,15 +183,13 @@ def varlen_attn_out(
         cu_seq_k,
         max_q,
         max_k,
-        return_aux=AuxRequest(lse=True),
         scale=scale,
-        window_size=window_size,
-        enable_gqa=enable_gqa,
+        window_left=window_left,
+        window_right=window_right,
         seqused_k=seqused_k,
         block_table=block_table,
-        num_splits=num_splits,
+        batch_invariant=num_splits == 1,
     )
-    out.copy_(result)
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
@@ -212,6 +205,19 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"window_size is {window_size!r}; it must be a pair (left, right), -1 for no limit") from None
     return left, right
+
+
+def _key_offsets(cu_seq_q: Tensor, cu_seq_k: Tensor | None, block_table: Tensor | None) -> Tensor:
+    if block_table is not None:
+        return cu_seq_q  # not read
+    if cu_seq_k is None:
+        raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
+    return cu_seq_k
+
+
+def _check_splits(num_splits: int | None) -> None:
+    if num_splits is not None and num_splits < 0:
+        raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
 
 
 def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:

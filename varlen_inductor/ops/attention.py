@@ -46,24 +46,24 @@ from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 from varlen_inductor.ops.validate import check_lengths, check_operands
 
-_OPTIONS = (
+OPTIONS = (
     "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
     "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False, "
     "float softcap=0.0, Tensor? block_table=None, bool batch_invariant=False"
 )
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # The library must live as long as the operators.
 LIBRARY = torch.library.Library("varlen_inductor", "FRAGMENT")
 LIBRARY.define(
-    f"varlen_attn({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
-    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
+    f"varlen_attn({OPERANDS}, {OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
+    tags=(*TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
     "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{_OPERANDS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    tags=_TAGS,
+    f"{OPERANDS}, {OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    tags=TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
 varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
@@ -107,7 +107,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     layout, rule, kernels = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
     if debug():
-        check_lengths(layout, query.shape[0], key.shape[0])
+        check_lengths(layout, query, key)
     return run_forward(query, key, value, layout, rule, default_kernels() if kernels is None else kernels)
 
 
@@ -132,7 +132,7 @@ def run_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str, problem: Problem | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator without its checks: real tensors, below autograd. ``problem`` is what they pose, if it is known."""
-    if _nothing_to_attend(query, key, layout):
+    if nothing_to_attend(query, key, layout):
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
@@ -163,7 +163,7 @@ def run_backward(
     problem: Problem | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of ``run_forward`` with the same ``kernels``."""
-    if _nothing_to_attend(query, key, layout):
+    if nothing_to_attend(query, key, layout):
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
@@ -176,7 +176,7 @@ def run_backward(
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
 
 
-def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
+def nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
     if query.numel() == 0 or key.numel() == 0 or layout.cu_seq_q.shape[0] == 1:
         return True
     return layout.block_table is not None and layout.block_table.shape[1] == 0

@@ -21,7 +21,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule
     """What the operator returns but for ``rng_state``, and with its checks and gradients; lse only on request."""
     check_operands(query, key, value, layout, rule)
     if debug():
-        check_lengths(layout, query.shape[0], key.shape[0])
+        check_lengths(layout, query, key)
     if torch.is_grad_enabled() and _compat.any_requires_grad(query, key, value):
         return _Attention.apply(layout, rule, default_kernels(), want_lse, query, key, value)  # type: ignore[no-any-return]
     out, lse, _ = run_forward(query, key, value, layout, rule, default_kernels())

@@ -52,6 +52,16 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
         _check_vector("position_k", position_k, key.shape[0], "key token", integers, device)
 
 
+def check_out(out: Tensor, query: Tensor, value: Tensor) -> None:
+    """Raises ``ValueError`` if the result does not fit ``out``. Query and value are as they must be."""
+    expected = (*query.shape[:-1], value.shape[-1])
+    if out.shape != expected or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"out is {out.dtype} of shape {_shape(out)} on {out.device}; it must be {query.dtype} of shape {expected} on "
+            f"{query.device}: that of query, with the head dim of value"
+        )
+
+
 def _check_pages(block_table: Tensor, layout: Layout, device: torch.device) -> None:
     if layout.position_q is not None or layout.position_k is not None:
         raise ValueError("block_table and positions are given; keys in pages have no positions but their places in the sequence")
@@ -122,13 +132,32 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {x.device} and query on {device}; move it there (with no copy per call if it can be)")
 
 
-def check_lengths(layout: Layout, tokens_q: int, tokens_k: int) -> None:
+def check_lengths(layout: Layout, query: Tensor, key: Tensor) -> None:
     """Raises ``ValueError`` if the offsets do not describe sequences within the tokens. Waits for the device."""
     cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, *_ = layout
-    _check_sequences("cu_seq_q", cu_seq_q, tokens_q, "query", "max_q", max_q)
-    lengths = _check_sequences("cu_seq_k", cu_seq_k, tokens_k, "key", "max_k", max_k if seqused_k is None else tokens_k)
-    if seqused_k is None:
+    tokens_k = key.shape[0]
+    _check_sequences("cu_seq_q", cu_seq_q, query.shape[0], "query", "max_q", max_q)
+    if layout.block_table is not None:
+        _check_table(layout, pages=key.shape[0], page_size=key.shape[1])
         return
+    lengths = _check_sequences("cu_seq_k", cu_seq_k, tokens_k, "key", "max_k", max_k if seqused_k is None else tokens_k)
+    if seqused_k is not None:
+        _check_used(seqused_k, lengths, max_k)
+
+
+def _check_table(layout: Layout, pages: int, page_size: int) -> None:
+    table, used = layout.block_table, layout.seqused_k
+    assert table is not None and used is not None
+    _check_used(used, [table.shape[1] * page_size] * table.shape[0], layout.max_k)
+    for i, (row, length) in enumerate(zip(table.tolist(), used.tolist(), strict=True)):
+        for j, page in enumerate(row[: -(-length // page_size)]):
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table[{i}, {j}] is {page}; it must be one of the {pages} pages of key, the first of which is 0"
+                )
+
+
+def _check_used(seqused_k: Tensor, lengths: list[int], max_k: int) -> None:
     for i, (used, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
         if not 0 <= used <= min(length, max_k):
             raise ValueError(

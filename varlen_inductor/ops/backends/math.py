@@ -87,6 +87,21 @@ def run_forward(
     generator: torch.Generator | None,
 ) -> None:
     """Writes the rows of ``run`` in ``out`` (T_q, H, D_v) and ``lse`` (H, T_q)."""
+    for part in _parts(run, query.shape[1]):
+        _part_forward(part, query, key, value, out, lse, layout, rule, generator)
+
+
+def _part_forward(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
     groups = query.shape[1] // key.shape[1]
     queries, keys, values = run.queries(query), _by_head(run.keys(key)), _by_head(run.keys(value))
     outs, lses = run.queries(out), run.queries(lse.t())
@@ -118,6 +133,23 @@ def run_backward(
     generator: torch.Generator | None,
 ) -> None:
     """Writes the rows of ``run`` in each of ``grads`` (shaped as query, key, value)."""
+    for part in _parts(run, query.shape[1]):
+        _part_backward(part, grad_out, grad_lse, lse, query, key, value, grads, layout, rule, generator)
+
+
+def _part_backward(
+    run: Run,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
     groups = query.shape[1] // key.shape[1]
     queries, keys, values = run.queries(query), _by_head(run.keys(key)), _by_head(run.keys(value))
     grad_outs, lses = run.queries(grad_out), run.queries(lse.t().unsqueeze(-1))
@@ -180,8 +212,16 @@ def _by_row(heads: Tensor, count: int, groups: int) -> Tensor:
     return split.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def _parts(run: Run, num_heads: int) -> Iterator[Run]:
+    """So few of the sequences at once that a block can have the queries that it has for one: results depend on no neighbour."""
+    most = max(1, BLOCK_SCORES // (num_heads * run.k_len * run.q_len))
+    for start in range(0, run.count, most):
+        q_start, k_start = run.q_start + start * run.q_len, run.k_start + start * run.k_step
+        yield run._replace(count=min(most, run.count - start), q_start=q_start, k_start=k_start)
+
+
 def _blocks(run: Run, num_heads: int, layout: Layout, rule: Rule) -> Iterator[Block]:
-    rows = max(1, min(run.q_len, BLOCK_SCORES // (run.count * num_heads * run.k_len)))
+    rows = max(1, min(run.q_len, BLOCK_SCORES // (num_heads * run.k_len)))
     if rule.windowed and layout.position_q is None:
         rows = min(rows, WINDOW_ROWS)
     for start in range(0, run.q_len, rows):

@@ -134,6 +134,12 @@ def forward(
     return out, lse, rng_state
 
 
+def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """The same into ``out``; see ``ForwardInto``."""
+    _, lse, _ = forward(query, key, value, layout, rule, out)
+    return lse
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -349,4 +355,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward)
+BACKEND = Backend("triton", supports, forward, backward, forward_into)
