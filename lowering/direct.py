@@ -18,7 +18,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: An
     """``varlen_inductor::varlen_attn``."""
     layout, rule, kernels = split_arguments(query, *args, **options)
     if config.debug:
-        check_lengths(layout, query.shape[0], key.shape[0])
+        check_lengths(layout, query, key)
     return run_forward(query, key, value, layout, rule, kernels or config.kernels)
 
 

@@ -352,7 +352,7 @@ def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_p
 
 def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str:
     from varlen_inductor.ops.backends import choose as choose_kernel
-    from varlen_inductor.ops.problem import Problem, is_long
+    from varlen_inductor.ops.problem import Problem, length_class, must_be_deterministic
 
     attention = attention_of(site)
     assert attention is not None
@@ -371,7 +371,8 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         dropout_p=attention.dropout_p,
         seqused_k=in_place,
         positions=positions,
-        long=is_long(query.shape[-2]),
+        length=length_class(query.shape[-2]),
+        deterministic=must_be_deterministic(),
     )
     chosen = choose_kernel(problem, config.kernels)
     if chosen.backend.name == "math" and query.device.type != "cpu":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops import attention
+from varlen_inductor import _compat
+from varlen_inductor.ops import attention, eager, into
+from varlen_inductor.ops.pages import gather_pages
+from varlen_inductor.ops.problem import Layout, Rule
+from varlen_inductor.ops.validate import check_operands
 
 
 class AuxRequest(NamedTuple):
@@ -37,6 +42,7 @@ def varlen_attn(
     dropout_p: float = 0.0,
     position_q: Tensor | None = None,
     position_k: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Scaled dot product attention within each of N sequences that lie one after the other, without padding.
 
@@ -60,14 +66,18 @@ def varlen_attn(
             ``H_q / H_kv`` query heads shares one.
         seqused_k: shape (N,), int32: sequence ``i`` uses only its first ``seqused_k[i]`` keys.
         block_table: shape (N, pages_per_sequence), int32: sequence ``i`` has its keys and values in these pages, in this
-            order. Requires ``seqused_k``. The pages are gathered into a copy.
-        num_splits: how many parts of a sequence's keys are worked on at the same time. Taken for compatibility: none of the
-            kernels splits them, so the result for a sequence never depends on the others in the batch.
+            order. Requires ``seqused_k``; ``cu_seq_k`` is not read then. Read where they lie if a kernel can, else gathered into a
+            copy, as they are when a gradient is asked for.
+        num_splits: how many parts of a sequence's keys are worked on at the same time; each kernel chooses by default. With 1 the
+            result for a sequence is the same bit by bit whatever the others in the batch are.
         dropout_p: the probability with which an attention weight is dropped; apply it in training only. Drawn from the
             default generator of the device, so ``torch.manual_seed`` reproduces it.
         position_q: shape (T_q,), int32 or int64. With both, ``window_size`` speaks of these positions, not of the places
             within the sequence: a query at ``p`` sees the keys at ``p - left`` to ``p + right``.
         position_k: shape (T_k,), int32 or int64.
+        softcap: if above 0, scores (behind the scale) become ``softcap * tanh(scores / softcap)`` before mask and softmax.
+
+    Gradients are the same bit by bit every time if ``torch.use_deterministic_algorithms(True)`` is set when they are computed.
 
     Returns:
         out, shape (T_q, H_q, D_v), dtype of ``query``, contiguous; with ``return_aux.lse`` also lse, shape (H_q, T_q),
@@ -88,13 +98,20 @@ def varlen_attn(
     """
     _check_types(query=query, key=key, value=value, cu_seq_q=cu_seq_q)
     window_left, window_right = _window(window_size)
-    if num_splits is not None and num_splits < 0:
-        raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
-    if block_table is not None:
-        key, value, cu_seq_k = _gather_pages(key, value, block_table, cu_seq_q, seqused_k)
-    elif cu_seq_k is None:
-        raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
+    cu_seq_k = _key_offsets(cu_seq_q, cu_seq_k, block_table)
+    _check_splits(num_splits)
     _check_heads(query, key, enable_gqa)
+    if block_table is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        paged = Layout(cu_seq_q, cu_seq_q, max_q, max_k, seqused_k, block_table=block_table)
+        check_operands(query, key, value, paged, Rule(1.0))
+        key, value, gathered = gather_pages(key, value, paged)
+        cu_seq_k, block_table = gathered.cu_seq_k, None
+    want_lse = return_aux is not None and return_aux.lse
+    if not torch.compiler.is_compiling() and _compat.goes_straight(query, key, value):
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
+        layout = Layout(cu_seq_q, cu_seq_k, int(max_q), int(max_k), seqused_k, position_q, position_k, False, block_table)
+        rule = Rule(scale, window_left, window_right, dropout_p, softcap, num_splits == 1)
+        return eager.attend(query, key, value, layout, rule, want_lse)
     out, lse, _ = attention.varlen_attn(
         query,
         key,
@@ -110,8 +127,11 @@ def varlen_attn(
         seqused_k=seqused_k,
         position_q=position_q,
         position_k=position_k,
+        softcap=softcap,
+        block_table=block_table,
+        batch_invariant=num_splits == 1,
     )
-    return (out, lse) if return_aux is not None and return_aux.lse else out
+    return (out, lse) if want_lse else out
 
 
 def varlen_attn_out(
@@ -134,11 +154,11 @@ def varlen_attn_out(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`varlen_attn` into a tensor that is there already. It has no gradient.
 
-    The kernels write a tensor of their own, which is then copied: this is for callers that need the result at its place, it saves
-    no memory.
+    Triton's kernel writes it where it is, if its last dim is contiguous; the others write a tensor of their own, which is copied.
 
     Args:
-        out: shape (T_q, H_q, D_v), dtype and device of ``query``; any strides. Overwritten.
+        out: shape (T_q, H_q, D_v), dtype and device of ``query``; any strides; no memory shared with ``key`` or ``value``.
+            Overwritten.
 
     Returns:
         ``out``; with ``return_aux.lse`` also lse.
@@ -147,16 +167,15 @@ def varlen_attn_out(
         TypeError, ValueError: as for :func:`varlen_attn`, and if ``out`` does not fit.
         RuntimeError: a gradient is asked for.
     """
-    _check_types(out=out, query=query, key=key, value=value)
+    _check_types(out=out, query=query, key=key, value=value, cu_seq_q=cu_seq_q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, key, value)):
         raise RuntimeError("varlen_attn_out has no gradient: call varlen_attn, or this one under torch.no_grad()")
-    expected = (*query.shape[:-1], value.shape[-1])
-    if out.shape != expected or out.dtype != query.dtype or out.device != query.device:
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; it must be {query.dtype} of shape {expected} on "
-            f"{query.device}: that of query, with the head dim of value"
-        )
-    result, lse = varlen_attn(
+    window_left, window_right = _window(window_size)
+    cu_seq_k = _key_offsets(cu_seq_q, cu_seq_k, block_table)
+    _check_splits(num_splits)
+    _check_heads(query, key, enable_gqa)
+    lse = into.varlen_attn_out(
+        out,
         query,
         key,
         value,
@@ -164,15 +183,13 @@ def varlen_attn_out(
         cu_seq_k,
         max_q,
         max_k,
-        return_aux=AuxRequest(lse=True),
         scale=scale,
-        window_size=window_size,
-        enable_gqa=enable_gqa,
+        window_left=window_left,
+        window_right=window_right,
         seqused_k=seqused_k,
         block_table=block_table,
-        num_splits=num_splits,
+        batch_invariant=num_splits == 1,
     )
-    out.copy_(result)
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
@@ -190,30 +207,22 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
     return left, right
 
 
+def _key_offsets(cu_seq_q: Tensor, cu_seq_k: Tensor | None, block_table: Tensor | None) -> Tensor:
+    if block_table is not None:
+        return cu_seq_q  # not read
+    if cu_seq_k is None:
+        raise ValueError("cu_seq_k is None; it must give the end of each sequence of keys, unless block_table does")
+    return cu_seq_k
+
+
+def _check_splits(num_splits: int | None) -> None:
+    if num_splits is not None and num_splits < 0:
+        raise ValueError(f"num_splits is {num_splits}; it must be None, 0 (both: automatic) or a number of splits")
+
+
 def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
-    if query.dim() == 3 and key.dim() == 3 and not enable_gqa and query.shape[1] != key.shape[1]:
+    if not enable_gqa and query.dim() == 3 and key.dim() >= 3 and query.shape[1] != key.shape[-2]:
         raise ValueError(
-            f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share key heads between query "
+            f"query has {query.shape[1]} heads and key {key.shape[-2]}; pass enable_gqa=True to share key heads between query "
             f"heads, or give both as many"
         )
-
-
-def _gather_pages(
-    key: Tensor, value: Tensor, block_table: Tensor, cu_seq_q: Tensor, seqused_k: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value with the pages of each sequence one after the other, and where each sequence ends."""
-    if seqused_k is None:
-        raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
-    for name, x in (("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with block_table it must be (pages, page_size, heads, head_dim)")
-    sequences = cu_seq_q.shape[0] - 1
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != sequences:
-        raise ValueError(
-            f"block_table is {block_table.dtype} of shape {tuple(block_table.shape)}; it must be torch.int32 of shape "
-            f"({sequences}, pages_per_sequence)"
-        )
-    pages = block_table.clamp(0, key.shape[0] - 1)  # behind the pages that a sequence uses anything may stand
-    capacity = block_table.shape[1] * key.shape[1]
-    ends = torch.arange(sequences + 1, dtype=torch.int32, device=block_table.device) * capacity
-    return key[pages].flatten(0, 2), value[pages].flatten(0, 2), ends

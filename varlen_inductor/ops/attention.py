@@ -15,6 +15,11 @@ Schema of ``varlen_attn``::
     seqused_k            (N,) int32: sequence i has only this many keys, the first of its rows
     position_q/k         (T_q,), (T_k,) int: with both, query i sees the keys j with
                          position_q[i] - left <= position_k[j] <= position_q[i] + right
+    softcap              if above 0, scores (behind the scale) become softcap * tanh(scores / softcap); then come window and softmax
+    block_table          (N, pages of a sequence) int32: key (pages, page_size, H_k, D) and value (pages, page_size, H_k, D_v) are
+                         pages; sequence i has those that its row names, in that order, and uses seqused_k[i] rows of them, which
+                         must be given; cu_seq_k is not read then (pass cu_seq_q), there are no positions and no gradient
+    batch_invariant      a sequence's result is the same bit by bit whatever the others of its batch are
     kernels              as ``varlen_inductor.config.kernels``, which is meant by None
     tails_unread         the caller reads no row behind the last sequence, neither of the results nor of the gradients, and no
                          lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved)
@@ -37,29 +42,35 @@ from torch import Tensor
 
 from varlen_inductor import _compat, config
 from varlen_inductor.ops.backends import choose, fallback
+from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 from varlen_inductor.ops.validate import check_lengths, check_operands
 
-_OPTIONS = (
+OPTIONS = (
     "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
-    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False"
+    "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False, "
+    "float softcap=0.0, Tensor? block_table=None, bool batch_invariant=False"
 )
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # The library must live as long as the operators.
 LIBRARY = torch.library.Library("varlen_inductor", "FRAGMENT")
 LIBRARY.define(
-    f"varlen_attn({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
-    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
+    f"varlen_attn({OPERANDS}, {OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
+    tags=(*TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
     "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{_OPERANDS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    tags=_TAGS,
+    f"{OPERANDS}, {OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    tags=TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
 varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
+
+
+debug = _compat.knob_reader(config, "debug")
+default_kernels = _compat.knob_reader(config, "kernels")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -81,20 +92,23 @@ def split_arguments(
     position_k: Tensor | None = None,
     kernels: str | None = None,
     tails_unread: bool = False,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Layout, Rule, str | None]:
     """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
-    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread)
+    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, block_table)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2] or 1)
-    return layout, Rule(scale, window_left, window_right, dropout_p), kernels
+    return layout, Rule(scale, window_left, window_right, dropout_p, softcap, batch_invariant), kernels
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
-    if config.debug:
-        check_lengths(layout, query.shape[0], key.shape[0])
-    return run_forward(query, key, value, layout, rule, config.kernels if kernels is None else kernels)
+    if debug():
+        check_lengths(layout, query, key)
+    return run_forward(query, key, value, layout, rule, default_kernels() if kernels is None else kernels)
 
 
 def _backward(
@@ -110,25 +124,28 @@ def _backward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = config.kernels if kernels is None else kernels
+    kernels = default_kernels() if kernels is None else kernels
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str, problem: Problem | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator without its checks: real tensors, below autograd."""
-    if _nothing_to_attend(query, key, layout):
-        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+    """The operator without its checks: real tensors, below autograd. ``problem`` is what they pose, if it is known."""
+    if nothing_to_attend(query, key, layout):
+        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
         return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
-    problem = Problem.of(query, key, value, layout, rule)
-    backend = choose(problem, kernels, False, fallback.failed(problem, False)).backend
+    problem = problem or Problem.of(query, key, value, layout, rule)
+    choice = choose(problem, kernels, False, fallback.failed(problem, False))
+    backend = choice.backend
     try:
+        if choice.gathers:
+            return backend.forward(query, *gather_pages(key, value, layout), rule)
         return backend.forward(query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, False)
-    return run_forward(query, key, value, layout, rule, kernels)
+    return run_forward(query, key, value, layout, rule, kernels, problem)
 
 
 def run_backward(
@@ -143,23 +160,26 @@ def run_backward(
     layout: Layout,
     rule: Rule,
     kernels: str,
+    problem: Problem | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of ``run_forward`` with the same ``kernels``."""
-    if _nothing_to_attend(query, key, layout):
+    if nothing_to_attend(query, key, layout):
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)  # whatever became of the -inf there: it has no gradient
-    problem = Problem.of(query, key, value, layout, rule)
+    problem = problem or Problem.of(query, key, value, layout, rule)
     backend = choose(problem, kernels, True, fallback.failed(problem, True)).backend
     try:
         return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, True)
-    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+    return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
 
 
-def _nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
-    return query.numel() == 0 or key.shape[0] == 0 or layout.cu_seq_q.shape[0] == 1
+def nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
+    if query.numel() == 0 or key.numel() == 0 or layout.cu_seq_q.shape[0] == 1:
+        return True
+    return layout.block_table is not None and layout.block_table.shape[1] == 0
 
 
 LIBRARY.impl("varlen_attn", _forward, "CompositeExplicitAutograd")
@@ -177,7 +197,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **optio
     layout, rule, _ = split_arguments(query, *args, **options)
     check_operands(query, key, value, layout, rule)
     tokens, heads, _ = query.shape
-    out = query.new_empty((tokens, heads, value.shape[2]))
+    out = query.new_empty((tokens, heads, value.shape[-1]))
     lse = query.new_empty((heads, tokens), dtype=lse_dtype(query.dtype))
     return out, lse, query.new_empty((_rng_size(rule),), dtype=torch.uint64)
 
@@ -214,6 +234,55 @@ def _below(
         return op.redispatch(keyset, *args, **options)  # type: ignore[no-any-return]
 
 
+def through_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+    kernels: str,
+    problem: Problem | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key and value from those of the results, if any; past the dispatcher where it would do nothing."""
+    if grad_out is None:
+        if grad_lse is None:
+            return None, None, None
+        grad_out = torch.zeros_like(out)
+    if _compat.nothing_intercepts(grad_out, grad_lse, query):
+        return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _ = layout
+    scale, window_left, window_right, dropout_p, softcap, _ = rule
+    return varlen_attn_backward(  # type: ignore[no-any-return]
+        grad_out,
+        grad_lse,
+        out,
+        lse,
+        rng_state,
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        dropout_p=dropout_p,
+        seqused_k=seqused_k,
+        position_q=position_q,
+        position_k=position_k,
+        kernels=kernels,
+        tails_unread=tails_unread,
+        softcap=softcap,
+    )
+
+
 class _VarlenAttn(torch.autograd.Function):
     """The operator with its gradient. Every tensor comes by position, as autograd wants it."""
 
@@ -232,28 +301,10 @@ class _VarlenAttn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse, _ = grads
         out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * 9
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        # On the way of every eager training step: past the dispatcher where it would do nothing.
-        run = _backward if _compat.nothing_intercepts(grad_out, grad_lse, query) else varlen_attn_backward
-        gradients = run(
-            grad_out,
-            grad_lse,
-            out,
-            lse,
-            rng_state,
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            ctx.max_q,
-            ctx.max_k,
-            **ctx.options,
-            **dict(zip(ctx.tensor_names, tensors, strict=True)),
-        )
+        options = {**ctx.options, **dict(zip(ctx.tensor_names, tensors, strict=True))}
+        layout, rule, kernels = split_arguments(query, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, **options)
+        kernels = default_kernels() if kernels is None else kernels
+        gradients = through_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
         return None, None, *gradients, None, None, None, None
 
 
@@ -263,8 +314,10 @@ _TENSOR_OPTIONS = ("seqused_k", "position_q", "position_k")
 def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
     below = _compat.keys_after_autograd(keyset)
     # The backward runs in a thread of autograd's, where the knobs have their defaults: fix the choice of kernel here.
-    options.setdefault("kernels", config.kernels)
+    options.setdefault("kernels", default_kernels())
     if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
+        if options.get("block_table") is not None:
+            raise RuntimeError("keys in pages have no gradient: call this under torch.no_grad(), or varlen_inductor.varlen_attn")
         return _VarlenAttn.apply(below, options, *args)
     return _below(varlen_attn, _forward, below, args, options)
 

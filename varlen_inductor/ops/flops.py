@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from varlen_inductor.ops import attention  # noqa: F401  (defines the operators)
+from varlen_inductor.ops import attention, into  # noqa: F401  (defines the operators)
 
 
 @register_flop_formula(torch.ops.varlen_inductor.varlen_attn, get_raw=True)
@@ -31,7 +31,13 @@ def forward_flops(
 ) -> int:
     """Scores, then the weighted sum of values."""
     pairs = _pairs(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
-    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[-1])
+
+
+@register_flop_formula(torch.ops.varlen_inductor.varlen_attn_out, get_raw=True)
+def out_flops(out: Tensor, *args: Any, **options: Any) -> int:
+    """Those of the forward."""
+    return forward_flops(*args, **options)
 
 
 @register_flop_formula(torch.ops.varlen_inductor.varlen_attn_backward, get_raw=True)

@@ -22,6 +22,8 @@ class Layout(NamedTuple):
     position_q: Tensor | None = None
     position_k: Tensor | None = None
     tails_unread: bool = False
+    block_table: Tensor | None = None
+    """(N, pages of a sequence) int32: keys and values lie in pages (pages, page_size, H_k, D), and ``cu_seq_k`` says nothing."""
 
 
 class Rule(NamedTuple):
@@ -31,6 +33,10 @@ class Rule(NamedTuple):
     window_left: int = UNBOUNDED
     window_right: int = UNBOUNDED
     dropout_p: float = 0.0
+    softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap) behind the scale and before the window; 0 is off."""
+    batch_invariant: bool = False
+    """Whether a sequence's result must be the same bit by bit whatever the others of its batch are."""
 
     @property
     def windowed(self) -> bool:
@@ -57,8 +63,15 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     seqused_k: bool = False
     positions: bool = False
-    long: bool = False
-    """Whether sequences may have 1024 queries or more."""
+    length: int = 0
+    """The bound of the query lengths, rounded up to a power of two. 0 where it is a symbol, and with ``batch_invariant``, so that
+    the choice of kernel is one too."""
+    softcap: float = 0.0
+    deterministic: bool = False
+    """Whether the same operands must give the same gradients bit by bit (``torch.use_deterministic_algorithms``)."""
+    paged: bool = False
+    page_size: int = 0
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
@@ -68,15 +81,20 @@ class Problem(NamedTuple):
             query.device,
             query.dtype,
             int(num_heads),
-            int(key.shape[1]),
+            int(key.shape[-2]),
             int(head_dim),
-            int(value.shape[2]),
+            int(value.shape[-1]),
             rule.window_left,
             rule.window_right,
             rule.dropout_p,
             layout.seqused_k is not None,
             layout.position_q is not None,
-            is_long(layout.max_q),
+            0 if rule.batch_invariant else length_class(layout.max_q),
+            rule.softcap,
+            must_be_deterministic(),
+            layout.block_table is not None,
+            0 if layout.block_table is None else int(key.shape[1]),
+            rule.batch_invariant,
         )
 
     @property
@@ -85,9 +103,14 @@ class Problem(NamedTuple):
         return self.window_left != UNBOUNDED or self.window_right != UNBOUNDED
 
 
-def is_long(max_q: int) -> bool:
-    """`Problem.long` for a bound of the lengths; a symbolic bound counts as short, so that no guard is made."""
-    return isinstance(max_q, int) and max_q >= 1024
+def length_class(max_q: int) -> int:
+    """`Problem.length` for a bound of the lengths; nothing is asked of a symbol, so that no guard is made."""
+    return 1 << (max_q - 1).bit_length() if isinstance(max_q, int) and max_q > 0 else 0
+
+
+def must_be_deterministic() -> bool:
+    """``Problem.deterministic`` here and now. A mere warning is no obligation, as for PyTorch's own kernels."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ def varlen_attn_reference(
     seqused_k: Tensor | None = None,
     position_q: Tensor | None = None,
     position_k: Tensor | None = None,
+    softcap: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention computed in ``dtype``: out (T_q, H, D_v) and lse (H, T_q). Arguments as for the operator."""
@@ -40,7 +41,7 @@ def varlen_attn_reference(
         else:
             at_q, at_k = position_q[rows_q], position_k[rows_k]
         visible = _visible(at_q[:, None], at_k[None, :], *window_size)
-        sequence_out, sequence_lse = _attend(query[rows_q], key[rows_k], value[rows_k], visible, scale)
+        sequence_out, sequence_lse = _attend(query[rows_q], key[rows_k], value[rows_k], visible, scale, softcap)
         out.append(sequence_out)
         lse.append(sequence_lse)
     tail = query.shape[0] - int(cu_seq_q[-1])
@@ -58,10 +59,12 @@ def _visible(at_q: Tensor, at_k: Tensor, left: int, right: int) -> Tensor:
     return visible
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """One sequence: (q, H, D), (k, H, D), (k, H, D_v), (q, k) → (q, H, D_v), (H, q)."""
     sees_a_key = visible.any(1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    if softcap > 0.0:
+        scores = softcap * (scores / softcap).tanh()
     # A query that sees no key is computed as if it saw all, then overwritten, so that no gradient becomes NaN.
     scores = scores.masked_fill(~(visible | ~sees_a_key[:, None]), -math.inf)
     lse = scores.logsumexp(2)

@@ -28,9 +28,9 @@ KERNELS = {
 }
 TYPES = {
     **dict.fromkeys(("lse", "delta", "stats"), "*fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends", "ends_q", "ends_k", "buffer"), "*i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends", "ends_q", "ends_k", "buffer", "block_table"), "*i32"),
     **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
-    **dict.fromkeys(("scale", "scale_out", "keep"), "fp32"),
+    **dict.fromkeys(("scale", "inner", "scale_out", "keep"), "fp32"),
     "threshold": "i64",
 }
 
@@ -51,11 +51,14 @@ def compiled(kernel: Any, constants: dict[str, Any], element: str, capability: i
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+NO_PAGES = ("block_table", "stride_t", "stride_kp", "stride_vp")
 CASES = [
+    (torch.bfloat16, 64, 90, {"RIGHT": True}, ("used_k", "position_q", "position_k", "rng_state", "inner")),
+    (torch.bfloat16, 128, 90, {}, ("used_k", "position_q", "position_k", "rng_state", "inner")),
+    (torch.float32, 64, 90, {"LEFT": True, "RIGHT": True}, ("used_k", "rng_state", "inner")),
+    (torch.float16, 128, 86, {"RIGHT": True}, ("position_q", "position_k", "inner")),
     (torch.bfloat16, 64, 90, {"RIGHT": True}, ("used_k", "position_q", "position_k", "rng_state")),
-    (torch.bfloat16, 128, 90, {}, ("used_k", "position_q", "position_k", "rng_state")),
-    (torch.float32, 64, 90, {"LEFT": True, "RIGHT": True}, ("used_k", "rng_state")),
-    (torch.float16, 128, 86, {"RIGHT": True}, ("position_q", "position_k")),
+    (torch.bfloat16, 128, 90, {"RIGHT": True}, ("used_k", "position_q", "position_k", "rng_state")),
 ]
 
 
@@ -66,6 +69,21 @@ CASES = [
 def test_attention(
     kernel: str, dtype: torch.dtype, dim: int, capability: int, flags: dict[str, bool], absent: tuple[str, ...]
 ) -> None:
+    result = compiled_for(kernel, dtype, dim, capability, {**flags, "PAGE": 0, **dict.fromkeys((*absent, *NO_PAGES))})
+    assert result.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 256, 12])
+def test_pages(page_size: int, dim: int) -> None:
+    """Pages of whole blocks, of parts of one, and of what no block fits."""
+    constants = dict.fromkeys(("position_q", "position_k", "rng_state", "inner"))
+    result = compiled_for("forward", torch.bfloat16, dim, 90, {"RIGHT": True, "PAGE": page_size, **constants})
+    assert result.metadata.shared <= SHARED_MEMORY[90]
+
+
+def compiled_for(kernel: str, dtype: torch.dtype, dim: int, capability: int, constants: dict[str, Any]) -> Any:
+    """One of ``KERNELS`` with the blocks that it has for these."""
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     table = triton_kernel.HOPPER if capability == 90 else triton_kernel.OTHER
     blocks = getattr(table[dtype.itemsize, dim], kernel)
@@ -80,12 +98,10 @@ def test_attention(
         "BLOCK_N": blocks.keys,
         "LEFT": False,
         "RIGHT": False,
-        **flags,
-        **dict.fromkeys(absent),
+        **constants,
     }
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    result = compiled(KERNELS[kernel], constants, element, capability, **options)
-    assert result.metadata.shared <= SHARED_MEMORY[capability]
+    return compiled(KERNELS[kernel], constants, element, capability, **options)
 
 
 def test_what_is_around_them() -> None:

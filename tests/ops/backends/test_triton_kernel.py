@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 
 import pytest
 import torch
 
-from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
+from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, offsets, reference, run
+from paged_cases import in_pages, strided_table
 from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import triton_kernel
@@ -116,8 +118,101 @@ def check_dropout() -> None:
     assert (mean - reference(case._replace(options={"window_left": -1, "window_right": -1}))[0]).abs().mean() < 0.05
 
 
+def check_softcap() -> None:
+    small_blocks_on_the_cpu()
+    for softcap in (0.5, 20.0):
+        for window in ((-1, -1), (-1, 0), (5, 3)):
+            check_against_reference(make_case((20, 3), (35, 4), heads=(4, 2), window=window, softcap=softcap, tail=2))
+    for scale in (-0.7, 0.0, 100.0):
+        check_against_reference(make_case((20, 3), dims=(16, 24), window=(-1, 0), scale=scale, softcap=2.0))
+    used = torch.tensor([9, 0, 20], dtype=torch.int32)
+    check_against_reference(make_case((20, 20, 20), window=(-1, 0), softcap=2.0, seqused_k=used))
+
+
+def check_pages() -> None:
+    """Pages of whole blocks, of parts of one, and of what no block fits; without a key; with strides."""
+    small_blocks_on_the_cpu()
+    for page_size in (32, 16, 4, 12):
+        for window in ((-1, -1), (-1, 0), (20, 3)):
+            for lengths in (((20, 3, 1), (50, 40, 0)), ((35, 5), (20, 16))):
+                plain = make_case(*lengths, heads=(2, 1), dims=(16, 8), window=window, softcap=3.0, tail=2)
+                case = in_pages(plain, page_size)
+                out, lse, _ = run(case)
+                expected, expected_lse = reference(plain)
+                assert_close(out, expected, torch.float32, "out")
+                assert_close(lse, expected_lse, torch.float32, "lse")
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.key, case.value)]
+    options = {**case.options, "block_table": strided_table(case.options["block_table"])}
+    assert torch.equal(run(case._replace(key=heads_first[0], value=heads_first[1], options=options))[0], out)
+
+
+def check_offsets_beyond_32_bits() -> None:
+    """Rows, heads, dims and pages whose offset is no 32-bit number: in a file with holes, for so much memory is not needed."""
+    small_blocks_on_the_cpu()
+    plain = make_case((3, 2), heads=(2, 2), dims=(16, 16), window=(-1, 0), dtype=torch.float16)
+    grad = torch.randn(5, 2, 16, dtype=torch.float16)
+    expected, _, _ = run(plain)
+    wanted = torch.autograd.grad(expected, plain.operands[:3], grad)
+    for stride in ((FAR, 16, 1), (16, FAR, 1), (32, 16, FAR // 4), (FAR, FAR // 2, 1)):
+        operands = [scattered(x.detach(), stride).requires_grad_() for x in plain.operands[:3]]
+        out, _, _ = torch.ops.varlen_inductor.varlen_attn(*operands, *plain.operands[3:], **plain.options)
+        assert torch.equal(out, expected), stride
+        gradients = torch.autograd.grad(out, operands, scattered(grad, stride))
+        assert all(map(torch.equal, gradients, wanted)), stride
+    with torch.no_grad():
+        pages = in_pages(plain, 2)
+        pools = [scattered(x, (FAR, 32, 16, 1)) for x in (pages.key, pages.value)]
+        assert torch.equal(run(pages._replace(key=pools[0], value=pools[1]))[0], expected)
+
+
+FAR = (1 << 31) + 16
+
+
+def scattered(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """A copy of ``x`` with these strides, in a file with holes, whose blocks exist where they are written only."""
+    with tempfile.NamedTemporaryFile() as file:
+        size = 1 + sum((n - 1) * s for n, s in zip(x.shape, stride))
+        pool = torch.from_file(file.name, shared=True, size=size, dtype=x.dtype)
+    return pool.as_strided(x.shape, stride).copy_(x)
+
+
+def check_wide_windows() -> None:
+    """A side that is no limit, added to a place, is no 32-bit number."""
+    small_blocks_on_the_cpu()
+    for window in ((2**31 - 1, 2**31 - 1), (2**40, 0), (2, 2**62)):
+        check_against_reference(make_case((20, 3), (3, 30), window=window))
+
+
+def check_batch() -> None:
+    """A sequence's rows do not depend on the others, nor do their gradients on the run."""
+    small_blocks_on_the_cpu()
+    case = make_case((35, 5, 20), heads=(4, 2), window=(9, 0), dtype=torch.float16)
+    out, lse, _ = run(case)
+    for start, stop in ((0, 35), (35, 40), (40, 60)):
+        ends = offsets((stop - start,))
+        rows = (x[start:stop] for x in case.operands[:3])
+        alone, alone_lse, _ = torch.ops.varlen_inductor.varlen_attn(*rows, ends, ends, stop - start, 64, **case.options)
+        assert torch.equal(alone, out[start:stop])
+        assert torch.equal(alone_lse, lse[:, start:stop])
+    grads = [torch.autograd.grad(run(case)[0].sum(), case.operands[:3]) for _ in range(2)]
+    assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize(
-    "check", ["check_lengths", "check_windows", "check_heads_and_dims", "check_positions", "check_strides", "check_dropout"]
+    "check",
+    [
+        "check_lengths",
+        "check_windows",
+        "check_heads_and_dims",
+        "check_positions",
+        "check_strides",
+        "check_dropout",
+        "check_softcap",
+        "check_pages",
+        "check_offsets_beyond_32_bits",
+        "check_wide_windows",
+        "check_batch",
+    ],
 )
 def test_interpreted(check: str) -> None:
     interpret("ops/backends/test_triton_kernel", check)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
-from varlen_inductor.ops.backends import aten_flash, cpu, cudnn, flash, flash4, math, triton_kernel
+from varlen_inductor.ops.backends import aten_flash, cpu, cudnn, flash, flash4, math, measured, triton_kernel
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Problem
 
@@ -32,6 +30,8 @@ class Choice(NamedTuple):
 
     backend: Backend
     refused: dict[str, str]
+    gathers: bool = False
+    """Whether no backend reads keys in pages, so that this one runs once the pages are gathered."""
 
 
 def backend_names() -> list[str]:
@@ -39,19 +39,16 @@ def backend_names() -> list[str]:
 
 
 def _order(problem: Problem, backward: bool) -> tuple[Backend, ...]:
-    """The backends in the order in which they are asked.
+    """The backends in the order in which they are asked: by measured time, or else by what is usual.
 
-    Measured on one H200 (benchmarks/attention.py): with head dims 64 and 128 the Triton forward takes 0.74 to 0.82 of
-    FlashAttention 2's time. Its backward is slower than FlashAttention's. Both kernels write the same lse, so one can follow the
-    other, but for dropout, which each draws its own way. With short sequences the launch costs more than the kernel saves.
+    All kernels write the same lse, so that one may follow another, but for dropout, which each draws its own way.
     """
-    triton_first = (triton_kernel.BACKEND, *(b for b in BACKENDS if b is not triton_kernel.BACKEND))
+    fastest = measured.by_time(problem, backward, BACKENDS)
+    if fastest is not None:
+        return fastest
     if problem.seqused_k:
         # It reads the keys in use where they lie; FlashAttention's backward would make sequences of the others.
-        return triton_first
-    measured = problem.head_dim == problem.head_dim_v and problem.head_dim in (64, 128) and problem.dtype != torch.float32
-    if not backward and problem.long and measured and problem.dropout_p == 0.0 and triton_kernel.was_measured_on(problem.device):
-        return triton_first
+        return (triton_kernel.BACKEND, *(b for b in BACKENDS if b is not triton_kernel.BACKEND))
     return BACKENDS
 
 
@@ -84,6 +81,8 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
             chosen = backend
         else:
             refused[backend.name] = f"{chosen.name} comes first"
+    if chosen is None and problem.paged:
+        return choose(problem._replace(paged=False, page_size=0), kernels, backward, failed)._replace(gathers=True)
     if chosen is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"varlen_attn: no kernel can run this attention ({reasons})")

@@ -44,6 +44,10 @@ def supports(problem: Problem) -> str | None:
         return f"its head dim is at most {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if problem.positions and problem.windowed:
         return "a window that speaks of positions is unknown to it"
+    if problem.softcap > 0.0:
+        return "PyTorch passes no softcap on to it"
+    if problem.paged:
+        return "it does not read pages where they lie"
     if problem.dropout_p == 1.0:
         return "it cannot drop everything"
     return None

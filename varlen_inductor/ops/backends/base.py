@@ -12,6 +12,9 @@ from varlen_inductor.ops.problem import Layout, Problem, Rule
 Forward = Callable[[Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]]
 """``(query, key, value, layout, rule) -> (out, lse, rng_state)``; what each must hold is said at the operator."""
 
+ForwardInto = Callable[[Tensor, Tensor, Tensor, Tensor, Layout, Rule], Tensor]
+"""``(out, query, key, value, layout, rule) -> lse``. ``out`` (T_q, H, D_v) has its last dim contiguous."""
+
 Backward = Callable[
     [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]
 ]
@@ -34,5 +37,7 @@ class Backend:
     """``None`` if the backend can run the problem, forward and backward, else the reason why not, for the user."""
     forward: Forward
     backward: Backward
+    forward_into: ForwardInto | None = None
+    """As ``forward``, into a tensor that is there; ``None`` if the backend cannot."""
     reads_lengths: bool = False
     """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""

@@ -1,6 +1,6 @@
 """The CPU: PyTorch's flash attention for each sequence where it applies, otherwise the same in PyTorch operations.
 
-PyTorch's kernel knows one batch of equally long sequences, no dropout, one head dim, and causality only between as many
+PyTorch's kernel knows one batch of equally long sequences, no dropout, no softcap, one head dim, and causality only between as many
 queries as keys. Neighbouring sequences of equal length go through it together.
 """
 
@@ -22,8 +22,10 @@ HALF_BACKWARD_KEYS = 384
 
 
 def supports(problem: Problem) -> str | None:
-    """Every problem on the CPU."""
-    return None if problem.device.type == "cpu" else "it runs on the CPU only"
+    """Why it cannot run the problem, or ``None``."""
+    if problem.device.type != "cpu":
+        return "it runs on the CPU only"
+    return "it does not read pages where they lie" if problem.paged else None
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +82,7 @@ def backward(
 
 def _flash_causal(run: Run, layout: Layout, rule: Rule) -> bool | None:
     """The ``is_causal`` with which PyTorch's kernel computes this run, or ``None`` if it cannot."""
-    if rule.dropout_p > 0.0:
+    if rule.dropout_p > 0.0 or rule.softcap > 0.0:
         return None
     if layout.position_q is not None and rule.windowed:
         return None

@@ -27,8 +27,8 @@ DROPOUT_STEPS = 1 << 16
 
 
 def supports(problem: Problem) -> str | None:
-    """``None``: whatever the operator defines, this computes."""
-    return None
+    """``None``: whatever the operator defines, this computes; but for keys in pages, which are gathered for it."""
+    return "it does not read pages where they lie" if problem.paged else None
 
 
 class Block(NamedTuple):
@@ -87,6 +87,21 @@ def run_forward(
     generator: torch.Generator | None,
 ) -> None:
     """Writes the rows of ``run`` in ``out`` (T_q, H, D_v) and ``lse`` (H, T_q)."""
+    for part in _parts(run, query.shape[1]):
+        _part_forward(part, query, key, value, out, lse, layout, rule, generator)
+
+
+def _part_forward(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
     groups = query.shape[1] // key.shape[1]
     queries, keys, values = run.queries(query), _by_head(run.keys(key)), _by_head(run.keys(value))
     outs, lses = run.queries(out), run.queries(lse.t())
@@ -118,6 +133,23 @@ def run_backward(
     generator: torch.Generator | None,
 ) -> None:
     """Writes the rows of ``run`` in each of ``grads`` (shaped as query, key, value)."""
+    for part in _parts(run, query.shape[1]):
+        _part_backward(part, grad_out, grad_lse, lse, query, key, value, grads, layout, rule, generator)
+
+
+def _part_backward(
+    run: Run,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
     groups = query.shape[1] // key.shape[1]
     queries, keys, values = run.queries(query), _by_head(run.keys(key)), _by_head(run.keys(value))
     grad_outs, lses = run.queries(grad_out), run.queries(lse.t().unsqueeze(-1))
@@ -126,7 +158,10 @@ def run_backward(
     for block in _blocks(run, query.shape[1], layout, rule):
         q, g = _by_head(queries[:, block.q], groups), _by_head(grad_outs[:, block.q], groups)
         k, v = keys[:, block.k], values[:, block.k]
-        p = _probabilities(_scores(q, k, block, run.count, groups, rule), _by_head(lses[:, block.q], groups))
+        scores = _scores(q, k, block, run.count, groups, rule)
+        # Behind a cap c * tanh(x / c) the gradient is 1 - tanh(x / c) ** 2 of that before it. (A hidden score's weight is 0.)
+        slope = scores.div(rule.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0) if rule.softcap > 0.0 else None
+        p = _probabilities(scores, _by_head(lses[:, block.q], groups))
         dropout = _dropout(p, rule, generator)
         if dropout is not None:
             g = g * dropout.factor
@@ -138,6 +173,8 @@ def run_backward(
         grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
         if grad_lses is not None:
             grad_scores.addcmul_(p, _by_head(grad_lses[:, block.q], groups))
+        if slope is not None:
+            grad_scores *= slope
         grad_scores *= rule.scale
         grad_keys[:, block.k] += torch.bmm(grad_scores.mT, q)
         grad_queries = torch.bmm(grad_scores, k)
@@ -175,8 +212,16 @@ def _by_row(heads: Tensor, count: int, groups: int) -> Tensor:
     return split.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def _parts(run: Run, num_heads: int) -> Iterator[Run]:
+    """So few of the sequences at once that a block can have the queries that it has for one: results depend on no neighbour."""
+    most = max(1, BLOCK_SCORES // (num_heads * run.k_len * run.q_len))
+    for start in range(0, run.count, most):
+        q_start, k_start = run.q_start + start * run.q_len, run.k_start + start * run.k_step
+        yield run._replace(count=min(most, run.count - start), q_start=q_start, k_start=k_start)
+
+
 def _blocks(run: Run, num_heads: int, layout: Layout, rule: Rule) -> Iterator[Block]:
-    rows = max(1, min(run.q_len, BLOCK_SCORES // (run.count * num_heads * run.k_len)))
+    rows = max(1, min(run.q_len, BLOCK_SCORES // (num_heads * run.k_len)))
     if rule.windowed and layout.position_q is None:
         rows = min(rows, WINDOW_ROWS)
     for start in range(0, run.q_len, rows):
@@ -212,6 +257,8 @@ def _in_window(at_q: Tensor, at_k: Tensor, rule: Rule) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, block: Block, count: int, groups: int, rule: Rule) -> Tensor:
     scores = torch.bmm(q, k.mT).mul_(rule.scale)
+    if rule.softcap > 0.0:
+        scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
     if block.visible is not None:
         hidden = block.visible.logical_not()[:, None, None]
         scores.unflatten(1, (groups, -1)).unflatten(0, (count, -1)).masked_fill_(hidden, float("-inf"))

@@ -51,7 +51,7 @@ def _row(problem: Problem) -> dict[str, Any] | None:
     if not alike:
         return None
     dim = max(problem.head_dim, problem.head_dim_v)
-    length = 2048 if problem.long else UNKNOWN_LENGTH
+    length = problem.length or UNKNOWN_LENGTH
     # Kernels are made for a few head dims, and run others as the next larger one.
     return min(alike, key=lambda row: (row["head_dim"] < dim, abs(row["head_dim"] - dim), abs(math.log2(row["length"] / length))))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from varlen_inductor.ops.backends.triton_common import in_window, kept, load_rows, reach, sequence, store_rows, zero_rows
+from varlen_inductor.ops.backends.triton_common import in_window, kept, load_rows, reach, sequence, store_rows, tanh, zero_rows
 
 
 @triton.jit(do_not_specialize=["sequences", "rows_q"])
@@ -66,6 +66,7 @@ def _score_gradients(
     rng_rows,
     first_key,
     scale,
+    inner,
     threshold,
     keep,
     left,
@@ -78,6 +79,8 @@ def _score_gradients(
 ):
     """(queries, keys): the weights after dropout, without its factor, and the gradients of the scores."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if inner is not None:
+        scores = tanh(scores * inner)
     weights = tl.exp2(scores * scale - row_lse[:, None])
     if MASKED:
         seen = (cols < k_len)[None, :] & in_window(at_k[None, :] - at_q[:, None], left, right, LEFT, RIGHT)
@@ -88,7 +91,10 @@ def _score_gradients(
         keeps = kept(rng_state, head, rng_rows, first_key, threshold, BLOCK_N)
         used = tl.where(keeps, weights, 0.0)
         grad_weights = tl.where(keeps, grad_weights / keep, 0.0)
-    return used, weights * (grad_weights - row_delta[:, None])
+    grad_scores = weights * (grad_weights - row_delta[:, None])
+    if inner is not None:
+        grad_scores *= 1.0 - scores * scores
+    return used, grad_scores
 
 
 @triton.jit
@@ -121,6 +127,7 @@ def _query_step(
     stride_v,
     stride_vd,
     scale,
+    inner,
     threshold,
     keep,
     left,
@@ -144,7 +151,7 @@ def _query_step(
     v = load_rows(value, cols, stride_v, stride_vd, k_len, DIM_V, BLOCK_DV, MASKED)
     _, grad_scores = _score_gradients(
         q, k, v, g, row_lse, row_delta, at_q, at_k, cols, k_len, rng_state, head, rng_rows, start,
-        scale, threshold, keep, left, right, BLOCK_N, LEFT, RIGHT, PRECISION, MASKED,
+        scale, inner, threshold, keep, left, right, BLOCK_N, LEFT, RIGHT, PRECISION, MASKED,
     )  # fmt: skip
     return tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
@@ -181,6 +188,7 @@ def query_kernel(
     sequences,
     rows_q,
     scale,
+    inner,
     scale_out,
     threshold,
     keep,
@@ -228,19 +236,19 @@ def query_kernel(
                 for start in range(lo, a, BLOCK_N):
                     acc = _query_step(
                         acc, q, g, row_lse, row_delta, k_base, v_base, at_q, at_k, rng_state, start, k_len, head,
-                        q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, threshold, keep, left, right,
+                        q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, inner, threshold, keep, left, right,
                         DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, True,
                     )  # fmt: skip
             for start in range(a, b, BLOCK_N):
                 acc = _query_step(
                     acc, q, g, row_lse, row_delta, k_base, v_base, at_q, at_k, rng_state, start, k_len, head,
-                    q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, threshold, keep, left, right,
+                    q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, inner, threshold, keep, left, right,
                     DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, False,
                 )  # fmt: skip
             for start in range(b, hi, BLOCK_N):
                 acc = _query_step(
                     acc, q, g, row_lse, row_delta, k_base, v_base, at_q, at_k, rng_state, start, k_len, head,
-                    q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, threshold, keep, left, right,
+                    q_start + rows, stride_k, stride_kd, stride_v, stride_vd, scale, inner, threshold, keep, left, right,
                     DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, True,
                 )  # fmt: skip
             store_rows(grad_query + q_start * stride_dq, acc * scale_out, rows, stride_dq, q_len, DIM, BLOCK_D)
@@ -271,6 +279,7 @@ def _key_step(
     stride_g,
     stride_gd,
     scale,
+    inner,
     threshold,
     keep,
     left,
@@ -296,7 +305,7 @@ def _key_step(
     row_lse, row_delta = _load_rows_of_queries(lse, delta, rows, q_len)
     weights, grad_scores = _score_gradients(
         q, k, v, g, row_lse, row_delta, at_q, at_k, cols, k_len, rng_state, head, q_start + rows, first_key,
-        scale, threshold, keep, left, right, BLOCK_N, LEFT, RIGHT, PRECISION, MASKED,
+        scale, inner, threshold, keep, left, right, BLOCK_N, LEFT, RIGHT, PRECISION, MASKED,
     )  # fmt: skip
     acc_v = tl.dot(tl.trans(weights.to(g.dtype)), g, acc_v, input_precision=PRECISION)
     acc_k = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, acc_k, input_precision=PRECISION)
@@ -339,6 +348,7 @@ def key_kernel(
     rows_q,
     rows_k,
     scale,
+    inner,
     scale_out,
     threshold,
     keep,
@@ -401,21 +411,21 @@ def key_kernel(
                         acc_k, acc_v = _key_step(
                             acc_k, acc_v, k, v, q_base, g_base, lse + of_head, delta + of_head, at_k, cols, k_len, from_q,
                             rng_state, start, q_len, q_start, head, first,
-                            stride_q, stride_qd, stride_g, stride_gd, scale, threshold, keep, left, right,
+                            stride_q, stride_qd, stride_g, stride_gd, scale, inner, threshold, keep, left, right,
                             DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, PRECISION, True,
                         )  # fmt: skip
                 for start in range(a, b, BLOCK_M):
                     acc_k, acc_v = _key_step(
                         acc_k, acc_v, k, v, q_base, g_base, lse + of_head, delta + of_head, at_k, cols, k_len, from_q,
                         rng_state, start, q_len, q_start, head, first,
-                        stride_q, stride_qd, stride_g, stride_gd, scale, threshold, keep, left, right,
+                        stride_q, stride_qd, stride_g, stride_gd, scale, inner, threshold, keep, left, right,
                         DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, PRECISION, False,
                     )  # fmt: skip
                 for start in range(b, hi, BLOCK_M):
                     acc_k, acc_v = _key_step(
                         acc_k, acc_v, k, v, q_base, g_base, lse + of_head, delta + of_head, at_k, cols, k_len, from_q,
                         rng_state, start, q_len, q_start, head, first,
-                        stride_q, stride_qd, stride_g, stride_gd, scale, threshold, keep, left, right,
+                        stride_q, stride_qd, stride_g, stride_gd, scale, inner, threshold, keep, left, right,
                         DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, PRECISION, True,
                     )  # fmt: skip
             store_rows(grad_key, acc_k * scale_out, cols, stride_dk, k_len, DIM, BLOCK_D)

@@ -1,4 +1,7 @@
-"""What the Triton kernels of both directions share: where a sequence lies, which keys are in reach, what is dropped."""
+"""What the Triton kernels of both directions share: where a sequence lies, which keys are in reach, what is dropped.
+
+Offsets of tensors are computed in 64 bits: a row or a dim times its stride may pass 2**31 long before the rows themselves do.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton 3.6 evaluates annotations, so nothing but constexpr has one.)
@@ -19,6 +22,13 @@ def sequence(cu_q, cu_k, used_k, index):
     if used_k is not None:
         k_len = tl.minimum(tl.load(used_k + index), k_rows)
     return q_start.to(tl.int64), q_stop - q_start, k_start.to(tl.int64), k_len, k_rows
+
+
+@triton.jit
+def paged_sequence(cu_q, used_k, index):
+    """First query row, number of queries, number of keys in use, where keys are in pages."""
+    q_start, q_stop = tl.load(cu_q + index), tl.load(cu_q + index + 1)
+    return q_start.to(tl.int64), q_stop - q_start, tl.load(used_k + index)
 
 
 @triton.jit
@@ -74,9 +84,12 @@ def load_rows(
     BLOCK: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """The tile (rows, BLOCK) of ``x``; zero in dims from DIM on and, with CHECK, in rows that are not below ``length``."""
+    """The tile (rows, BLOCK) of ``x``, a pointer or one for each row (rows, 1).
+
+    Zero in dims from DIM on and, with CHECK, in rows that are not below ``length``.
+    """
     dims = tl.arange(0, BLOCK)
-    at = x + rows[:, None].to(tl.int64) * stride + dims[None, :] * stride_dim
+    at = x + rows[:, None].to(tl.int64) * stride + dims[None, :].to(tl.int64) * stride_dim
     if CHECK:
         inside = rows[:, None] < length
         if DIM != BLOCK:
@@ -87,6 +100,27 @@ def load_rows(
     else:
         tile = tl.load(at)
     return tile
+
+
+@triton.jit
+def page_of(table, cols, start, length, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """In which page the keys ``cols`` (BLOCK from ``start``) lie, and which key of the sequence is the first in it.
+
+    Two numbers where a page holds whole blocks, else (BLOCK, 1). ``start`` is a multiple of BLOCK below ``length``.
+    """
+    if PAGE % BLOCK == 0:
+        place = start // PAGE
+        page = tl.load(table + place)
+    else:
+        place = (cols // PAGE)[:, None]
+        page = tl.load(table + place, mask=cols[:, None] < length, other=0)
+    return page.to(tl.int64), (place * PAGE).to(tl.int64)
+
+
+@triton.jit
+def tanh(x):
+    """By one exponential and one division; exact to about 1e-7 of 1, and at both ends."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.885390081777927))
 
 
 @triton.jit

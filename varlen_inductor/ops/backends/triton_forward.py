@@ -8,7 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from varlen_inductor.ops.backends.triton_common import in_window, kept, load_rows, reach, sequence, store_rows, zero_rows
+from varlen_inductor.ops.backends.triton_common import (
+    in_window,
+    kept,
+    load_rows,
+    page_of,
+    paged_sequence,
+    reach,
+    sequence,
+    store_rows,
+    tanh,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -22,15 +33,19 @@ def _step(
     at_q,
     position_k,
     rng_state,
+    table,
     start,
     k_len,
     head,
     rng_rows,
+    stride_kp,
     stride_k,
     stride_kd,
+    stride_vp,
     stride_v,
     stride_vd,
     scale,
+    inner,
     threshold,
     left,
     right,
@@ -42,12 +57,19 @@ def _step(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Takes the keys from ``start`` into (acc, top, total): sum of values, largest score, sum of exponentials."""
     cols = start + tl.arange(0, BLOCK_N)
+    if table is not None:
+        page, page_start = page_of(table, cols, start, k_len, PAGE, BLOCK_N)
+        key += page * stride_kp - page_start * stride_k
+        value += page * stride_vp - page_start * stride_v
     k = load_rows(key, cols, stride_k, stride_kd, k_len, DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if inner is not None:
+        scores = tanh(scores * inner)
     if MASKED:
         at_k = cols
         if position_k is not None:
@@ -81,6 +103,7 @@ def forward_kernel(
     position_q,
     position_k,
     rng_state,
+    block_table,
     stride_q,
     stride_qh,
     stride_qd,
@@ -92,9 +115,13 @@ def forward_kernel(
     stride_vd,
     stride_o,
     stride_oh,
+    stride_t,
+    stride_kp,
+    stride_vp,
     sequences,
     rows_q,
     scale,
+    inner,
     threshold,
     keep,
     left,
@@ -109,10 +136,13 @@ def forward_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Grid: (blocks of the longest sequence, heads, sequences + 1). The last "sequence" is what lies behind all of them.
 
-    ``scale`` includes log2(e) and is not negative. ``lse`` is (H, T_q); ``out`` has its last dim contiguous.
+    ``scale`` includes log2(e) and is not negative. With ``inner`` scores are scale * tanh(inner * x). With ``block_table``, whose
+    rows are ``stride_t`` apart, keys and values are in pages of PAGE rows, ``stride_kp`` and ``stride_vp`` apart, and ``cu_k`` is
+    not read. ``lse`` is (H, T_q); ``out`` has its last dim contiguous.
     """
     head, index = tl.program_id(1), tl.program_id(2)
     out += head.to(tl.int64) * stride_oh
@@ -124,7 +154,13 @@ def forward_kernel(
             behind = start + tl.arange(0, BLOCK_M)
             tl.store(lse + behind, float("-inf"), mask=behind < rows_q)
     else:
-        q_start, q_len, k_start, k_len, _ = sequence(cu_q, cu_k, used_k, index)
+        if block_table is None:
+            table = None
+            q_start, q_len, k_start, k_len, _ = sequence(cu_q, cu_k, used_k, index)
+        else:
+            table = block_table + index.to(tl.int64) * stride_t
+            k_start = 0
+            q_start, q_len, k_len = paged_sequence(cu_q, used_k, index)
         first = tl.program_id(0) * BLOCK_M
         if first < q_len:
             rows = first + tl.arange(0, BLOCK_M)
@@ -146,21 +182,21 @@ def forward_kernel(
             if LEFT:
                 for start in range(lo, a, BLOCK_N):
                     acc, top, total = _step(
-                        acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, start, k_len, head, q_start + rows,
-                        stride_k, stride_kd, stride_v, stride_vd, scale, threshold, left, right,
-                        DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, True,
+                        acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, table, start, k_len, head, q_start + rows,
+                        stride_kp, stride_k, stride_kd, stride_vp, stride_v, stride_vd, scale, inner, threshold, left, right,
+                        DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, PAGE, True,
                     )  # fmt: skip
             for start in range(a, b, BLOCK_N):
                 acc, top, total = _step(
-                    acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, start, k_len, head, q_start + rows,
-                    stride_k, stride_kd, stride_v, stride_vd, scale, threshold, left, right,
-                    DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, False,
+                    acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, table, start, k_len, head, q_start + rows,
+                    stride_kp, stride_k, stride_kd, stride_vp, stride_v, stride_vd, scale, inner, threshold, left, right,
+                    DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, PAGE, False,
                 )  # fmt: skip
             for start in range(b, hi, BLOCK_N):
                 acc, top, total = _step(
-                    acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, start, k_len, head, q_start + rows,
-                    stride_k, stride_kd, stride_v, stride_vd, scale, threshold, left, right,
-                    DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, True,
+                    acc, top, total, q, k_base, v_base, at_q, at_k, rng_state, table, start, k_len, head, q_start + rows,
+                    stride_kp, stride_k, stride_kd, stride_vp, stride_v, stride_vd, scale, inner, threshold, left, right,
+                    DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, LEFT, RIGHT, PRECISION, PAGE, True,
                 )  # fmt: skip
             acc = acc / (tl.where(total > 0.0, total, 1.0) * keep)[:, None]
             store_rows(out + q_start * stride_o, acc, rows, stride_o, q_len, DIM_V, BLOCK_DV)

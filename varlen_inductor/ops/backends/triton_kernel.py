@@ -20,6 +20,8 @@ from varlen_inductor.ops.backends.launch import Launcher
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
+_LOG2_E = math.log2(math.e)
+_WIDEST = 1 << 30
 MAX_SEQUENCES = 65534
 """The grid has a dimension for the sequences and one more; CUDA allows 65535."""
 
@@ -87,44 +89,49 @@ def _unavailable(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, and this device has {major}.{minor}"
 
 
-@cache
-def was_measured_on(device: torch.device) -> bool:
-    """Whether the device is of the generation that the choice between kernels was measured on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of every sequence; see ``Forward``."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every sequence; see ``Forward``. Reads keys in pages where they lie. Fills ``out`` if it is given."""
     launch = _launcher("triton_forward", "forward_kernel")
-    (tokens, heads, _), dim_v = query.shape, value.shape[2]
+    (tokens, heads, _), dim_v = query.shape, value.shape[-1]
     blocks = _tiles(query, value, rule).forward
-    out = query.new_empty(tokens, heads, dim_v)
+    if out is None:
+        out = query.new_empty(tokens, heads, dim_v)
     lse = query.new_empty((heads, tokens), dtype=torch.float32)
     rng_state = _new_rng_state(query, rule)
     query, scale = _positive_scale(query, rule.scale)
+    table, page_size, key_strides, value_strides, page_strides = _pages(key, value, layout)
     grid = (-(-max(layout.max_q, 1) // blocks.queries), heads, _sequences(layout) + 1)
     data = _data(layout, rule, rng_state)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *out.stride()[:2])
-    constants = _constants(query, key, value, rule, blocks)
+    strides = (*query.stride(), *key_strides, *value_strides, *out.stride()[:2], *page_strides)
+    constants = (*_constants(query, key, value, rule, blocks), page_size)
     launch(
         grid,
-        (_kinds(query, key, value, *data), strides, rule, constants),
+        (_kinds(query, key, value, out, *data, table), strides, rule, constants),
         query,
         key,
         value,
         out,
         lse,
         *data,
+        table,
         *strides,
         _sequences(layout),
         tokens,
-        scale * math.log2(math.e),
-        *_numbers(rule),
+        *_scales(scale, rule),
+        *_numbers(rule, layout),
         *constants,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
     return out, lse, rng_state
+
+
+def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """The same into ``out``; see ``ForwardInto``."""
+    _, lse, _ = forward(query, key, value, layout, rule, out)
+    return lse
 
 
 def backward(
@@ -145,7 +152,7 @@ def backward(
     operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     data = _data(layout, rule, rng_state)
-    sequences, log_scale, tiles = _sequences(layout), scale * math.log2(math.e), _tiles(query, value, rule)
+    sequences, scales, tiles = _sequences(layout), _scales(scale, rule), _tiles(query, value, rule)
     kinds = _kinds(query, key, value, grad_out, *data)
     blocks = tiles.query_gradient
     constants = _constants(query, key, value, rule, blocks)
@@ -159,9 +166,9 @@ def backward(
         *grad_query.stride()[:2],
         sequences,
         query.shape[0],
-        log_scale,
+        *scales,
         rule.scale,
-        *_numbers(rule),
+        *_numbers(rule, layout),
         *constants,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
@@ -181,9 +188,9 @@ def backward(
         sequences,
         query.shape[0],
         key.shape[0],
-        log_scale,
+        *scales,
         scale,
-        *_numbers(rule),
+        *_numbers(rule, layout),
         *constants,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
@@ -237,20 +244,51 @@ def _data(layout: Layout, rule: Rule, rng_state: Tensor) -> tuple[Tensor | None,
     )
 
 
-def _numbers(rule: Rule) -> tuple[int, float, int, int]:
+class Pages(NamedTuple):
+    """The table of pages, how many keys one holds, strides within one, and those of the table's rows and from page to page."""
+
+    table: Tensor | None
+    size: int
+    key_strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+    page_strides: tuple[int | None, ...]
+
+
+def _pages(key: Tensor, value: Tensor, layout: Layout) -> Pages:
+    table = layout.block_table
+    if table is None:
+        return Pages(None, 0, key.stride(), value.stride(), (None, None, None))
+    table = table if table.stride(1) == 1 else table.contiguous()
+    key_strides, value_strides = key.stride(), value.stride()
+    page_strides = (table.stride(0), key_strides[0], value_strides[0])
+    return Pages(table, key.shape[1], key_strides[1:], value_strides[1:], page_strides)
+
+
+def _scales(scale: float, rule: Rule) -> tuple[float, float | None]:
+    """``scale`` and ``inner`` of the kernels: scores in powers of 2 are scale * x, or scale * tanh(inner * x)."""
+    if rule.softcap > 0.0:
+        return rule.softcap * _LOG2_E, scale / rule.softcap
+    return scale * _LOG2_E, None
+
+
+def _numbers(rule: Rule, layout: Layout) -> tuple[int, float, int, int]:
     """Random 32-bit numbers below the first are kept, which happens with the second as probability; then the window."""
     threshold = round((1.0 - rule.dropout_p) * 2**32)
-    return threshold, threshold / 2**32, rule.window_left, rule.window_right
+    left, right = rule.window_left, rule.window_right
+    if layout.position_q is None:
+        # The kernels add places to a side in 32 bits, and no sequence is longer than this.
+        left, right = min(left, _WIDEST), min(right, _WIDEST)
+    return threshold, threshold / 2**32, left, right
 
 
 def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks) -> tuple[Any, ...]:
     """The kernels' constants from GROUPS on, in their order."""
     return (
-        query.shape[1] // key.shape[1],
+        query.shape[1] // key.shape[-2],
         query.shape[2],
-        value.shape[2],
+        value.shape[-1],
         _padded(query.shape[2]),
-        _padded(value.shape[2]),
+        _padded(value.shape[-1]),
         blocks.queries,
         blocks.keys,
         rule.window_left != UNBOUNDED,
@@ -273,7 +311,7 @@ def _launcher(module: str, kernel: str) -> Launcher:
 
 
 def _tiles(query: Tensor, value: Tensor, rule: Rule) -> Tiles:
-    dim = max(query.shape[2], value.shape[2])
+    dim = max(query.shape[2], value.shape[-1])
     # Dropout needs registers and shared memory for its random bits.
     table = HOPPER if rule.dropout_p == 0.0 and _is_hopper(query.device) else OTHER
     return next(tiles for (size, limit), tiles in table.items() if size == query.element_size() and dim <= limit)
@@ -289,7 +327,7 @@ def _precision(query: Tensor, value: Tensor) -> str:
     """How float32 is multiplied. Three products in TF32 make nearly one in float32, and fit the registers up to 128."""
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    return "tf32x3" if max(query.shape[2], value.shape[2]) <= 128 else "ieee"
+    return "tf32x3" if max(query.shape[2], value.shape[-1]) <= 128 else "ieee"
 
 
 def _padded(dim: int) -> int:
@@ -311,4 +349,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward)
+BACKEND = Backend("triton", supports, forward, backward, forward_into)
