@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers")
+PACKAGES = ("torch", "triton", "transformers", "nvidia-cudnn-frontend", "flash-attn-4", "flash-attn")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,18 +36,20 @@ def version(package: str) -> str:
 
 def devices() -> Iterator[str]:
     """For each device, which kernels can run a plain attention there, and why the others cannot."""
-    from varlen_inductor.ops.backends import BACKENDS
+    from varlen_inductor.ops.backends import BACKENDS, choose
     from varlen_inductor.ops.problem import Problem
     from varlen_inductor.report import table
 
     for device, name, dtypes in _present():
+        problems = [Problem(device, dtype, num_heads=8, num_heads_k=8, head_dim=64, head_dim_v=64, length=512) for dtype in dtypes]
+        first = [choose(problem).backend for problem in problems]
         rows = []
         for backend in BACKENDS:
-            problems = [Problem(device, dtype, num_heads=8, num_heads_k=8, head_dim=64, head_dim_v=64) for dtype in dtypes]
             reasons = [backend.supports(problem) for problem in problems]
-            rows.append((backend.name, *("yes" if reason is None else reason for reason in reasons)))
+            yes = ["yes, the first choice" if backend is chosen else "yes" for chosen in first]
+            rows.append((backend.name, *(y if reason is None else reason for y, reason in zip(yes, reasons))))
         header = ("kernel", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        yield f"{name}: attention with 8 heads of 64, in order of preference\n{table(header, rows)}"
+        yield f"{name}: attention with 8 heads of 64, up to 512 tokens\n{table(header, rows)}"
 
 
 def _present() -> Iterator[tuple[torch.device, str, tuple[torch.dtype, ...]]]:

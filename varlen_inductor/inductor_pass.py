@@ -29,21 +29,21 @@ from varlen_inductor import _compat, config, report
 _NOT_IN_KEY = ("strict", "inner_backend")
 
 # Packages that bring kernels: with another version, or none, another kernel may have been chosen.
-_KERNEL_PACKAGES = ("triton",)
+_KERNEL_PACKAGES = ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "flash-attn", "flash-attn-3")
 
 _MARK_SLOT = "post_grad_custom_post_pass"
 
 
 @functools.cache
 def source_hash() -> str:
-    """A hash over the package's own Python files and the versions of the packages whose kernels it may call."""
+    """A hash over the package's own files of code and data, and the versions of the packages whose kernels it may call."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
     # `patterns` and `lowering` are links in a checkout, folders in a wheel.
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(files):
-            if name.endswith(".py"):
+            if name.endswith((".py", ".json")):
                 path = Path(folder) / name
                 digest.update(path.relative_to(root).as_posix().encode())
                 digest.update(path.read_bytes())

@@ -357,7 +357,7 @@ def test_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     unavailable = cudnn._unavailable.__wrapped__
     monkeypatch.setattr(cudnn.importlib.util, "find_spec", lambda name: None)
-    assert unavailable(device) == "nvidia-cudnn-frontend is not installed"
+    assert unavailable(device) == "nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)"
     monkeypatch.setattr(cudnn.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert unavailable(device) == "it was tested with compute capability 9.0 only, and this device has 8.0"

@@ -67,7 +67,7 @@ def _unavailable(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it does not run on ROCm"
     if importlib.util.find_spec("cudnn") is None:
-        return "nvidia-cudnn-frontend is not installed"
+        return "nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)"
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"it was tested with compute capability 9.0 only, and this device has {major}.{minor}"
