@@ -242,3 +242,13 @@ def test_reset_forgets_reports() -> None:
     assert report.recent()
     torch._dynamo.reset()
     assert not report.recent()
+
+
+def test_packed_graphs_launch_fewer_kernels() -> None:
+    """Unless CUDA graphs are recorded, or the user has said otherwise."""
+    from varlen_inductor.backend import InnerCompiler
+
+    setting = "triton.mix_order_reduction"
+    assert InnerCompiler({})._fewer_launches().options == {setting: False}
+    for options in ({setting: True}, {"triton.cudagraphs": True}):
+        assert InnerCompiler(options)._fewer_launches().options == options

@@ -124,6 +124,9 @@ def test_graph_pass() -> None:
     base = _compat.graph_pass_class()
     assert {"__call__", "uuid"} <= set(dir(base))
     assert _compat.inductor_setting("post_grad_custom_post_pass") is None
+    assert _compat.inductor_setting("triton.cudagraphs") is False
+    assert _compat.has_inductor_setting("triton.mix_order_reduction")
+    assert not _compat.has_inductor_setting("triton.no_such_setting")
     assert isinstance(_compat.passes_may_be_lists(), bool)
 
 

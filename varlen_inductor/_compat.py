@@ -223,6 +223,13 @@ def inductor_setting(name: str) -> Any:
     return getattr(config, name)
 
 
+def has_inductor_setting(name: str) -> bool:
+    """Whether this version of Inductor has the setting. Read in 2.11, 2.13."""
+    from torch._inductor import config
+
+    return name in config.get_config_copy()
+
+
 def import_operators() -> None:
     """Register our operators and their lowerings, which compiled artifacts from a cache call by name."""
     importlib.import_module("varlen_inductor.ops")

@@ -64,7 +64,7 @@ class PackedProgram:
         self.min_positions = min_positions
         self.strict = config.strict
         self.broken = False
-        self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic)
+        self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
