@@ -239,6 +239,53 @@ def test_dispatch_below_autograd() -> None:
     assert (x + 1).requires_grad
 
 
+def test_goes_straight() -> None:
+    """With nothing in the way, in and out of inference mode; not where the dispatcher has something to do."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x = torch.ones(2, requires_grad=True)
+    assert _compat.goes_straight(x, nn.Parameter(x))
+    with torch.no_grad():
+        assert _compat.goes_straight(x)
+    with torch.inference_mode():
+        assert _compat.goes_straight(x)
+    in_the_way = (
+        _compat.below_autograd(),
+        torch.autocast("cpu", torch.bfloat16),
+        TorchDispatchMode(),
+        torch.device("cpu"),
+        torch.profiler.profile(),
+    )
+    for context in in_the_way:
+        with context:
+            assert not _compat.goes_straight(x), context
+        assert _compat.goes_straight(x)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
+    torch.func.functionalize(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
+    torch.fx.experimental.proxy_tensor.make_fx(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
+    torch.jit.trace(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x * 2, x.detach(), check_trace=False)
+    assert seen
+    assert not any(seen)
+    assert not _compat.goes_straight(torch.ones(1, dtype=torch.complex64).conj().imag)
+    assert not _compat.goes_straight(x.detach().as_subclass(type("Sub", (torch.Tensor,), {})))
+
+
+def test_knob_reader() -> None:
+    from varlen_inductor import config
+
+    for name, values in {"debug": (True, False), "kernels": ("math", "auto")}.items():
+        read = _compat.knob_reader(config, name)
+        assert read() == getattr(config, name)
+        for value in values:
+            with config.patch(**{name: value}):
+                assert read() == getattr(config, name) == value
+        before = getattr(config, name)
+        for value in (*values, before):
+            setattr(config, name, value)
+            assert read() == value
+
+
 def test_dispatch_below_autocast() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 import varlen_inductor
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
+from paged_cases import in_pages
 from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward
 from varlen_inductor.ops.backends import choose
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -218,9 +221,124 @@ def test_cuda_graph_with_new_lengths(kernels: str) -> None:
             assert_close(lse, expected_lse, torch.bfloat16, "lse")
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (40, 72)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+def test_softcap(window: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    """Where the kernel keeps the largest score before it is capped, and where caps bite."""
+    for softcap, scale in ((30.0, None), (0.5, None), (2.0, -0.5)):
+        options = {"softcap": softcap, "scale": scale, "kernels": "triton", "tail": 3, **CUDA}
+        case = make_case((130, 1, 217), window=WINDOWS[window], heads=(4, 2), dims=dims, dtype=dtype, **options)
+        check_against_reference(case)
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 64, 256])
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+def test_pages(window: str, page_size: int) -> None:
+    """Read in place by Triton; gathered for the others, with the same result."""
+    for dims in ((64, 64), (128, 128), (80, 48)):
+        lengths = ((130, 1, 217, 1), (130, 300, 400, 0))
+        plain = make_case(*lengths, window=WINDOWS[window], heads=(4, 2), dims=dims, dtype=torch.bfloat16, **CUDA)
+        expected, expected_lse = reference(plain)
+        for kernels in KERNELS:
+            case = in_pages(plain, page_size)
+            case.options["kernels"] = kernels
+            out, lse, _ = run(case)
+            assert_close(out, expected, torch.bfloat16, f"out of {kernels}")
+            assert_close(lse, expected_lse, torch.bfloat16, f"lse of {kernels}")
+
+
+def test_decoding_in_pages_under_a_cuda_graph() -> None:
+    """One query a sequence; lengths and the table change on the device."""
+    plain = make_case((1, 1, 1), (300, 5, 129), heads=(8, 2), dims=(128, 128), dtype=torch.bfloat16, **CUDA)
+    case = in_pages(plain, 64)._replace(max_k=512)
+    with torch.no_grad():
+        run(case)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse, _ = run(case)
+        for used in ((300, 5, 129), (7, 0, 64)):
+            case.options["seqused_k"].copy_(torch.tensor(used))
+            graph.replay()
+            expected, expected_lse = reference(plain._replace(options={**plain.options, "seqused_k": case.options["seqused_k"]}))
+            assert_close(out, expected, torch.bfloat16, "out")
+            assert_close(lse, expected_lse, torch.bfloat16, "lse")
+
+
+def test_out_is_written_in_place() -> None:
+    case = make_case((130, 70), heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, tail=5, kernels="triton", **CUDA)
+    expected, expected_lse, _ = run(case)
+    with torch.no_grad():
+        for out in (torch.empty_like(expected), torch.empty(4, 205, 64, dtype=torch.bfloat16, device="cuda").transpose(0, 1)):
+            lse = torch.ops.varlen_inductor.varlen_attn_out(out, *case.operands, **case.options)
+            assert torch.equal(out, expected)
+            assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("lse_gradient", [False, True])
+def test_deterministic(kernels: str, lse_gradient: bool) -> None:
+    """The same gradients bit by bit, however often: with shared heads and long sequences, where sums are split up."""
+    lengths = (1500, 3, 900, 2000)
+    case = make_case(lengths, window=(-1, 0), heads=(8, 2), dims=(64, 64), dtype=torch.bfloat16, kernels=kernels, **CUDA)
+    torch.use_deterministic_algorithms(True)
+    try:
+        g = torch.randn_like(case.query)
+        found = []
+        for _ in range(4):
+            out, lse, _ = run(case)
+            wanted = ((out * g).sum() + lse.sum()) if lse_gradient else (out * g).sum()
+            found.append(torch.autograd.grad(wanted, case.operands[:3]))
+        for again in found[1:]:
+            assert all(map(torch.equal, found[0], again))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+def test_batch_does_not_change_a_sequence(window: str) -> None:
+    """Bit by bit with num_splits 1, also where the batch's longest sequence would have another kernel chosen."""
+    lengths = (1500, 7, 64, 300)
+    case = make_case(lengths, window=WINDOWS[window], heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, **CUDA)
+    options = {"window_size": WINDOWS[window], "enable_gqa": True, "num_splits": 1}
+    with torch.no_grad():
+        together = varlen_inductor.varlen_attn(*case.operands, **options)
+        ends = case.cu_seq_q.tolist()
+        for start, stop in itertools.pairwise(ends):
+            cu_seq = torch.tensor([0, stop - start], dtype=torch.int32, device="cuda")
+            rows = (x[start:stop] for x in case.operands[:3])
+            alone = varlen_inductor.varlen_attn(*rows, cu_seq, cu_seq, stop - start, stop - start, **options)
+            assert torch.equal(alone, together[start:stop])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows so far apart that their offsets are no 32-bit numbers: 13 GB, of which little is used."""
+    case = make_case((2, 1), heads=(2, 2), dims=(64, 64), dtype=torch.bfloat16, kernels="triton", **CUDA)
+    expected = run(case)[0]
+    wanted = torch.autograd.grad(expected.sum(), case.operands[:3])
+    far = (1 << 30) + 64
+    pool = torch.empty(6 * far, dtype=torch.bfloat16, device="cuda")
+    for stride in ((2 * far, 64, 1), (64, 4 * far, 1), (128, 64, far // 16)):
+        operands = []
+        for i, x in enumerate(case.operands[:3]):
+            strided = pool.as_strided(x.shape, stride, storage_offset=1024 * i)
+            operands.append(strided.copy_(x.detach()))
+        operands = [x.detach().requires_grad_() for x in operands]
+        out = varlen_attn(*operands, *case.operands[3:], **case.options)[0]
+        assert_close(out, expected, torch.bfloat16, "out")
+        for actual, wanted_grad in zip(torch.autograd.grad(out.sum(), operands), wanted):
+            assert_close(actual, wanted_grad, torch.bfloat16, "gradient")
+
+
 def test_choice() -> None:
     problem = Problem(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64)
     assert choose(problem).backend.name == "aten_flash"
     assert "position" in choose(problem._replace(positions=True, window_right=0)).refused["aten_flash"]
     assert "float32" in choose(problem._replace(dtype=torch.float32)).refused["aten_flash"]
     assert "256" in choose(problem._replace(head_dim=264)).refused["aten_flash"]
+    assert "softcap" in choose(problem._replace(softcap=2.0)).refused["aten_flash"]
+    paged = problem._replace(paged=True, page_size=16, seqused_k=True)
+    assert choose(paged).backend.name == "triton"
+    assert not choose(paged).gathers
+    assert choose(paged, "aten_flash").gathers

@@ -36,9 +36,10 @@ class _Attention(torch.autograd.Function):
         ctx: Any, layout: Layout, rule: Rule, kernels: str, want_lse: bool, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         problem = Problem.of(query, key, value, layout, rule)
-        out, lse, ctx.rng_state = run_forward(query, key, value, layout, rule, kernels, problem)
+        out, lse, rng_state = run_forward(query, key, value, layout, rule, kernels, problem)
         others = [x for x in layout[4:7] if x is not None]
-        ctx.save_for_backward(out, lse, query, key, value, layout.cu_seq_q, layout.cu_seq_k, *others)
+        # As many as the operator saves, so that a checkpoint may be recomputed by the other way.
+        ctx.save_for_backward(out, lse, rng_state, query, key, value, layout.cu_seq_q, layout.cu_seq_k, *others)
         ctx.call = layout, rule, kernels, problem
         ctx.set_materialize_grads(False)
         return (out, lse) if want_lse else out
@@ -46,8 +47,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         layout, rule, kernels, problem = ctx.call
-        out, lse, query, key, value, *_ = ctx.saved_tensors
+        out, lse, rng_state, query, key, value, *_ = ctx.saved_tensors
         if problem.deterministic != must_be_deterministic():
             problem = problem._replace(deterministic=not problem.deterministic)
-        operands = (out, lse, ctx.rng_state, query, key, value)
+        operands = (out, lse, rng_state, query, key, value)
         return None, None, None, None, *through_backward(grad_out, grad_lse, *operands, layout, rule, kernels, problem)

@@ -176,6 +176,18 @@ def scattered(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return pool.as_strided(x.shape, stride).copy_(x)
 
 
+def check_out() -> None:
+    """Into a tensor that is there, heads first, with rows behind the last sequence."""
+    small_blocks_on_the_cpu()
+    case = make_case((20, 3), heads=(2, 1), dims=(16, 8), window=(-1, 0), tail=4)
+    expected, expected_lse, _ = run(case)
+    with torch.no_grad():
+        for out in (torch.full((27, 2, 8), torch.nan), torch.full((2, 27, 8), torch.nan).transpose(0, 1)):
+            lse = torch.ops.varlen_inductor.varlen_attn_out(out, *case.operands, **case.options)
+            assert torch.equal(out, expected)
+            assert torch.equal(lse, expected_lse)
+
+
 def check_wide_windows() -> None:
     """A side that is no limit, added to a place, is no 32-bit number."""
     small_blocks_on_the_cpu()
@@ -211,6 +223,7 @@ def check_batch() -> None:
         "check_pages",
         "check_offsets_beyond_32_bits",
         "check_wide_windows",
+        "check_out",
         "check_batch",
     ],
 )
