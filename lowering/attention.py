@@ -117,5 +117,5 @@ def register() -> None:
     }
     _compat.register_inductor_decompositions(table)
     # Where its decomposition declines, the operator is called.
-    for op, function in ((_ops.varlen_attn.default, "forward"), (_ops.varlen_attn_backward.default, "backward")):
-        _compat.lower_to_call(op, "varlen_inductor.lowering.direct", function)
+    _compat.lower_to_call(_ops.varlen_attn.default, "varlen_inductor.lowering.direct", "forward")
+    _compat.lower_to_call(_ops.varlen_attn_backward.default, "varlen_inductor.lowering.direct", "backward", first_operand=5)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat, config
 
 # What lives there for the sake of its neighbours.
 PUBLIC_ONLY = {"import_operators"}
@@ -262,3 +262,11 @@ def test_inductor_decompositions() -> None:
     assert isinstance(decomposition.decompositions, dict)
     assert callable(decomposition.fast_random_decomps.cache_clear)
     _compat.register_inductor_decompositions({})
+
+
+def test_knob_reader() -> None:
+    read = _compat.knob_reader(config, "debug")
+    assert read() is config.debug
+    for value in (True, False):
+        with config.patch(debug=value):
+            assert read() is value

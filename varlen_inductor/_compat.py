@@ -582,8 +582,34 @@ def fix_symbol(value: torch.SymFloat) -> float | None:
     return float(value) if value.node.has_hint() else None
 
 
-def lower_to_call(op: Any, module: str, function: str) -> None:
+def knob_reader(module: Any, name: str) -> Callable[[], Any]:
+    """A function that reads one setting of a config module, ten times as fast as ``module.name`` does.
+
+    Entries are kept in ``_config``; ``user_override`` is the value itself in 2.11 and a context variable in 2.13, and the
+    sentinel of its module where nobody has set one. Read in 2.11, 2.13.
+    """
+    from torch.utils import _config_module
+
+    entry, unset = module._config[name], _config_module._UNSET_SENTINEL  # type: ignore[attr-defined]
+    otherwise = entry.default if entry.env_value_default is unset else entry.env_value_default
+    variable = entry.user_override
+
+    def read() -> Any:
+        value = entry.user_override
+        return otherwise if value is unset else value
+
+    def read_variable() -> Any:
+        value = variable.get()
+        return otherwise if value is unset else value
+
+    return read_variable if hasattr(variable, "get") else read
+
+
+def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -> None:
     """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
+
+    Where heads and head dims of query, key and value, the arguments from ``first_operand`` on, are numbers, and no size is zero,
+    it calls what ``module.site(function, ...)`` returns when the code is loaded, which is given the options that are constants.
 
     ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
     ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator.
@@ -598,12 +624,40 @@ def lower_to_call(op: Any, module: str, function: str) -> None:
     class Call(ir.FallbackKernel):
         def codegen(self, wrapper: Any) -> None:
             if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
-                self.python_kernel_name = alias
                 outermost = wrapper
                 while hasattr(outermost, "parent_wrapper"):
                     outermost = outermost.parent_wrapper
-                outermost.add_import_once(f"from {module} import {function} as {alias}")
+                self.python_kernel_name = alias
+                options = self._site_options()
+                if options is None:
+                    outermost.add_import_once(f"from {module} import {function} as {alias}")
+                else:
+                    number = outermost.varlen_sites = getattr(outermost, "varlen_sites", 0) + 1
+                    self.python_kernel_name = f"{alias}_{number}"
+                    given = "".join(f", {name}={value!r}" for name, value in options.items())
+                    outermost.add_import_once(f"from {module} import site as varlen_site")
+                    outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})")
             super().codegen(wrapper)
+
+        def _site_options(self) -> dict[str, Any] | None:
+            """The options that are constants, or None where every call must look at its operands."""
+            args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
+            query, key, value = args[first_operand : first_operand + 3]
+            sizes = [size for x in (query, key, value) for size in x.get_size()]
+            known = V.graph.sizevars.statically_known_gt
+            if not all(known(size, 0) for size in (*sizes, args[first_operand + 3].get_size()[0] - 1)):
+                return None
+            heads = [size for x in (query, key, value) for size in x.get_size()[1:]]
+            if kwargs.get("kernels") is None or not all(getattr(size, "is_number", True) for size in heads):
+                return None
+            given = {name: value for name, value in kwargs.items() if value is not None and not isinstance(value, ir.IRNode)}
+            return given if all(isinstance(value, (bool, int, float, str)) for value in given.values()) else None
+
+        def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
+            if str(self.python_kernel_name).startswith(f"{alias}_"):
+                # The site has the others.
+                self.kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, (bool, int, float, str, type(None)))}
+            return super().codegen_kwargs(skip_out)  # type: ignore[no-any-return]
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         def boxed(x: Any) -> Any:
