@@ -564,22 +564,29 @@ def no_dispatch_modes() -> Any:
     return _disable_current_modes()
 
 
-def upstream_varlen_op() -> Any | None:
-    """PyTorch's own varlen attention, which registers itself when its module is imported. Read in 2.11, 2.13."""
-    try:
-        import torch.nn.attention.varlen
+def upstream_varlen_ops() -> tuple[frozenset[Any], frozenset[Any]]:
+    """PyTorch's own varlen attention and its backward, under all names that a graph may call them by.
 
-        return torch.ops.torch_attn._varlen_attn.default
-    except (ImportError, AttributeError):
-        return None
+    They register themselves when their module is imported, so without it no graph can have them. Read in 2.11, 2.13.
+    """
+    if "torch.nn.attention.varlen" not in sys.modules:
+        return frozenset(), frozenset()
+    packets = (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward)
+    forward, backward = (frozenset({packet, packet.default}) for packet in packets)
+    return forward, backward
 
 
-def fix_symbol(value: torch.SymFloat) -> float | None:
-    """The number behind a symbolic one; Dynamo then guards on it. None if it is known only when the graph runs.
+def fix_symbol(value: Any) -> Any:
+    """The number or truth behind a symbolic one; Dynamo then guards on it. None for anything else, and if it is known only when
+    the graph runs.
 
     Guards that are added while a backend compiles are checked like any other. Read in 2.11, 2.13.
     """
-    return float(value) if value.node.has_hint() else None
+    numbers: tuple[tuple[Any, Callable[[Any], Any]], ...] = ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool))
+    for symbol, number in numbers:
+        if isinstance(value, symbol):
+            return number(value) if value.node.has_hint() else None
+    return None
 
 
 def knob_reader(module: Any, name: str) -> Callable[[], Any]:
