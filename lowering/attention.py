@@ -4,7 +4,7 @@ Our operator is Python to the dispatcher; a packed training step calls it twice 
 falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
 the generated code calls without any Python of ours (and which AOTInductor can call, too). Everywhere else the node stays one node,
 and the generated code calls the function behind the operator (`direct`), past the dispatcher, autograd and the checks that were
-made when the graph was traced.
+made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`).
 
     before                                                        after
     %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, config
+from varlen_inductor.lowering import autotune
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -57,6 +58,9 @@ def _windows(rule: Rule) -> dict[str, Any]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
+    if ranking is not None and ranking != kernels:
+        return _ops.varlen_attn.default(query, key, value, *args, **{**options, "kernels": ranking})
     if not _direct(query, key, value, layout, rule, kernels):
         return NotImplemented
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
@@ -88,6 +92,10 @@ def _backward(
     **options: Any,
 ) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
+    if ranking is not None and ranking != kernels:
+        operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
+        return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": ranking})
     if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels, backward=True):
         return NotImplemented
     return _aten._flash_attention_backward.default(

@@ -6,10 +6,11 @@ name that moves fails there, with its reason beside it, and not in a user's mode
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -562,6 +563,49 @@ def no_dispatch_modes() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """The number that a size had when the graph was traced, without a guard; None if there was none. Read in 2.11, 2.13."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return int(size)
+
+
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """A context in which kernels run on real tensors as they will in compiled code, from inside of a trace.
+
+    No dispatch mode, no Python dispatcher (each operator would pass through Python), no autograd, no autocast; the random
+    generators are as before afterwards. Read in 2.11, 2.13.
+    """
+    from torch._dispatch.python import no_python_dispatcher
+
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with (
+        no_dispatch_modes(),
+        no_python_dispatcher(),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=cuda),
+    ):
+        yield
+
+
+def benchmark(run: Callable[[], Any], device: torch.device) -> float:
+    """The time that ``run()`` takes in milliseconds, as Inductor measures its own candidates. Read in 2.11, 2.13."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    time = benchmarker.benchmark_cpu(run) if device.type == "cpu" else benchmarker.benchmark_gpu(run)
+    return float(time)
+
+
+def autotune_cache_folder() -> str | None:
+    """Where Inductor keeps its caches; None if it is not to keep what it times. Read in 2.11, 2.13."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir() if config.autotune_local_cache and not config.force_disable_caches else None
 
 
 def upstream_varlen_ops() -> tuple[frozenset[Any], frozenset[Any]]:

@@ -88,6 +88,11 @@ def compile_graph(
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
     rewrite = rewrite_graph(gm, mode=config.packing)
+    if rewrite.report.rewritten and inner.options.get("max_autotune"):
+        rewrite.report.notes.append(
+            "max_autotune: the kernels are timed when the graph is lowered, and the fastest is taken; TORCH_LOGS=+varlen_inductor "
+            "shows the times"
+        )
     report.publish(rewrite.report)
     if rewrite.gm is None:
         return inner.compile(gm, example_inputs)
