@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, config
-from varlen_inductor.lowering import autotune
+from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -32,7 +32,11 @@ def _direct(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, backward: bool = False
 ) -> bool:
     """Whether the ATen operator alone does what ours promises here."""
-    if query.device.type != "cuda" or not layout.tails_unread or layout.seqused_k is not None:
+    ahead_of_time = _compat.compiles_ahead_of_time()
+    if query.device.type != "cuda" or not layout.tails_unread:
+        return False
+    # A kernel of ours reads used keys faster; the backward of this one knows none.
+    if layout.seqused_k is not None and (backward or not ahead_of_time or not layout.seqused_k.is_contiguous()):
         return False
     if query.shape[2] != value.shape[2] or query.shape[2] % 8:
         return False
@@ -43,6 +47,8 @@ def _direct(
     if (rule.windowed and rule.window_right != 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
         return False
     problem = Problem.of(query, key, value, layout, rule)
+    if ahead_of_time:
+        return ahead.refusal(problem) is None
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
@@ -58,11 +64,12 @@ def _windows(rule: Rule) -> dict[str, Any]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    ahead_of_time = _compat.compiles_ahead_of_time()
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
-    if ranking is not None and ranking != kernels:
+    if not ahead_of_time and ranking is not None and ranking != kernels:
         return _ops.varlen_attn.default(query, key, value, *args, **{**options, "kernels": ranking})
     if not _direct(query, key, value, layout, rule, kernels):
-        return NotImplemented
+        return ahead.attention(query, key, value, layout, rule) if ahead_of_time else NotImplemented
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),
         _aligned(key),
@@ -75,6 +82,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         rule.causal,
         False,
         **_windows(rule),
+        seqused_k=layout.seqused_k,
     )
     return out, lse, rng_state if rule.dropout_p > 0.0 else query.new_empty((0,), dtype=torch.uint64)
 

@@ -358,6 +358,11 @@ def recording_disabled() -> Any:
     return disable_proxy_modes_tracing()
 
 
+def torch_functions_not_recorded() -> Any:
+    """Context in which a trace above autograd does not see switches of grad mode and the like. Read in 2.11, 2.13."""
+    return torch._C.DisableTorchFunction()
+
+
 def track(value: Any, proxy: fx.Proxy, tracer: Any) -> Any:
     """Tell the tracer that ``value`` (fakes, sizes, nested in tuples) is what ``proxy`` stands for. Read in 2.11, 2.13."""
     from torch.fx.experimental.proxy_tensor import track_tensor_tree
@@ -555,6 +560,13 @@ def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> No
             cached.cache_clear()
 
 
+def compiles_ahead_of_time() -> bool:
+    """Whether Inductor is at work for AOTInductor, whose code runs without Python. Read in 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation)
+
+
 def no_dispatch_modes() -> Any:
     """A context in which no fake-tensor, tracing or other dispatch mode is active: operators run on real tensors.
 
@@ -714,6 +726,9 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
         def boxed(x: Any) -> Any:
             return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
 
+        if compiles_ahead_of_time():
+            # Its code would run, and pass the operator wrong numbers: sizes among the options confuse it.
+            raise RuntimeError(f"{op} cannot be called by the code of AOTInductor, which runs without Python")
         outputs: Any = Call.create(op, *args, **kwargs)
         for output in outputs:
             # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.

@@ -214,6 +214,9 @@ def _kernel_of_call(call: upstream_varlen.Call, line: report.Site) -> str | None
     from varlen_inductor.ops.backends import choose as choose_kernel
 
     problem = upstream_varlen.problem_of(call)
+    if _compat.compiles_ahead_of_time():
+        line.kernel = "ATen operators"
+        return "AOTInductor compiles forwards only" if call.backward else None
     try:
         chosen = choose_kernel(problem, config.kernels, call.backward)
     except RuntimeError as refusal:
@@ -400,6 +403,7 @@ def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_p
 
 
 def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str:
+    from varlen_inductor.lowering import ahead
     from varlen_inductor.ops.backends import choose as choose_kernel
     from varlen_inductor.ops.problem import Problem, is_long
 
@@ -422,6 +426,12 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         positions=positions,
         long=is_long(query.shape[-2]),
     )
+    if _compat.compiles_ahead_of_time():
+        reason = ahead.refusal(problem)
+        if reason is not None:
+            raise SiteRefused(site, reason)
+        sites.lines[site].kernel = "aten_flash"
+        return "aten_flash"
     chosen = choose_kernel(problem, config.kernels)
     if chosen.backend.name == "math" and query.device.type != "cpu":
         raise SiteRefused(site, "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items()))
