@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import varlen_inductor
 import varlen_inductor.lowering
 from attention_cases import assert_close, make_case, reference
+from helpers import MaskedAttention, padded_batch
 from varlen_inductor.lowering import direct
 from varlen_inductor.ops import attention, backends
 from varlen_inductor.ops.backends import cpu, fallback, math
@@ -167,8 +168,14 @@ def test_in_a_branch() -> None:
 
 
 @pytest.mark.slow
-def test_in_cpp_wrapper_code() -> None:
-    case = make_case((5, 9))
-    operands = [x.detach() for x in case.operands[:4]]
-    compiled = torch.compile(attend, options={"cpp_wrapper": True})
-    assert torch.allclose(compiled(*operands), attend(*operands), atol=1e-5)
+@pytest.mark.parametrize("packing", ["model", "attention"])
+def test_in_cpp_wrapper_code(packing: str) -> None:
+    """Its code calls the operator, forward and backward."""
+    model, (x, valid) = MaskedAttention(), padded_batch()
+    options = {"cpp_wrapper": True, "varlen.packing": packing, "varlen.round_tokens": 4}
+    compiled = torch.compile(model, backend="varlen_inductor", options=options)
+    x.requires_grad_()
+    out, expected = compiled(x, valid)[valid], model(x, valid)[valid]
+    assert torch.allclose(out, expected, atol=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
+    assert torch.allclose(grad, expected_grad, atol=1e-5)
