@@ -4,7 +4,7 @@ Our operator is Python to the dispatcher; a packed training step calls it twice 
 falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
 the generated code calls without any Python of ours (and which AOTInductor can call, too). Everywhere else the node stays one node,
 and the generated code calls the function behind the operator (`direct`), past the dispatcher, autograd and the checks that were
-made when the graph was traced.
+made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`).
 
     before                                                        after
     %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, config
+from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -31,7 +32,11 @@ def _direct(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, backward: bool = False
 ) -> bool:
     """Whether the ATen operator alone does what ours promises here."""
-    if query.device.type != "cuda" or not layout.tails_unread or layout.seqused_k is not None:
+    ahead_of_time = _compat.compiles_ahead_of_time()
+    if query.device.type != "cuda" or not layout.tails_unread:
+        return False
+    # A kernel of ours reads used keys faster; the backward of this one knows none.
+    if layout.seqused_k is not None and (backward or not ahead_of_time or not layout.seqused_k.is_contiguous()):
         return False
     if query.shape[2] != value.shape[2] or query.shape[2] % 8:
         return False
@@ -42,6 +47,8 @@ def _direct(
     if (rule.windowed and rule.window_right != 0) or (layout.max_q == 1 and query.shape[1] != key.shape[1]):
         return False
     problem = Problem.of(query, key, value, layout, rule)
+    if ahead_of_time:
+        return ahead.refusal(problem) is None
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
@@ -57,8 +64,12 @@ def _windows(rule: Rule) -> dict[str, Any]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    ahead_of_time = _compat.compiles_ahead_of_time()
+    ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
+    if not ahead_of_time and ranking is not None and ranking != kernels:
+        return _ops.varlen_attn.default(query, key, value, *args, **{**options, "kernels": ranking})
     if not _direct(query, key, value, layout, rule, kernels):
-        return NotImplemented
+        return ahead.attention(query, key, value, layout, rule) if ahead_of_time else NotImplemented
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),
         _aligned(key),
@@ -71,6 +82,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         rule.causal,
         False,
         **_windows(rule),
+        seqused_k=layout.seqused_k,
     )
     return out, lse, rng_state if rule.dropout_p > 0.0 else query.new_empty((0,), dtype=torch.uint64)
 
@@ -88,6 +100,10 @@ def _backward(
     **options: Any,
 ) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
+    if ranking is not None and ranking != kernels:
+        operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
+        return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": ranking})
     if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels, backward=True):
         return NotImplemented
     return _aten._flash_attention_backward.default(
@@ -117,5 +133,5 @@ def register() -> None:
     }
     _compat.register_inductor_decompositions(table)
     # Where its decomposition declines, the operator is called.
-    for op, function in ((_ops.varlen_attn.default, "forward"), (_ops.varlen_attn_backward.default, "backward")):
-        _compat.lower_to_call(op, "varlen_inductor.lowering.direct", function)
+    _compat.lower_to_call(_ops.varlen_attn.default, "varlen_inductor.lowering.direct", "forward")
+    _compat.lower_to_call(_ops.varlen_attn_backward.default, "varlen_inductor.lowering.direct", "backward", first_operand=5)

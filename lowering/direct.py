@@ -1,17 +1,28 @@
 """What compiled code calls in place of the operators: the same arguments, real tensors, no dispatcher.
 
-The graph was checked when it was traced, and autograd and autocast were applied then.
+The graph was checked when it was traced, and autograd and autocast were applied then. Of a call whose head counts and head dims
+are numbers, nothing that decides between kernels changes from run to run but the bounds of the lengths: such a call gets a
+`site` of its own, made when the generated code is loaded, which looks for its kernel once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
-from varlen_inductor import config
+from varlen_inductor import _compat, config
 from varlen_inductor.ops.attention import run_backward, run_forward, split_arguments
+from varlen_inductor.ops.backends import choose, fallback
+from varlen_inductor.ops.problem import Layout, Problem
 from varlen_inductor.ops.validate import check_lengths
+
+_Lengths = tuple[Tensor, Tensor, int, int]
+"""cu_seq_q, cu_seq_k, max_q, max_k: what every call is given by position behind query, key and value."""
+
+_MOST_BOUNDS = 256
+_debug = _compat.knob_reader(config, "debug")
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,3 +49,91 @@ def backward(
     layout, rule, kernels = split_arguments(query, *args, **options)
     kernels = kernels or config.kernels
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+
+
+def site(function: Literal["forward", "backward"], **options: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`forward` or `backward` for one place in generated code, with all options but tensors given.
+
+    Every call must have the same device, dtypes, head counts, head dims and tensors among its options, and at least one query
+    row, key row and sequence. ``kernels`` must be among the options.
+    """
+    return _forward_site(options) if function == "forward" else _backward_site(options)
+
+
+class _Known:
+    """What a site has found out for calls with the same ``max_q`` and ``max_k``."""
+
+    def __init__(self, call: _Call, operands: tuple[Tensor, Tensor, Tensor], args: _Lengths, tensors: dict[str, Any]) -> None:
+        layout, self.rule, kernels = split_arguments(operands[0], *args, **{**call.options, **tensors})
+        self.kernels = kernels or config.kernels
+        self.problem = Problem.of(*operands, layout, self.rule)
+        self.backend = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward)).backend
+        named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
+        self.rest = tuple(None if name in tensors else value for name, value in named.items())
+        self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
+
+    def layout(self, args: _Lengths, tensors: dict[str, Any]) -> Layout:
+        if tensors:
+            return Layout(*args, **{**self.constants, **tensors})
+        # Past the named tuple's own constructor, which takes longer.
+        return tuple.__new__(Layout, args + self.rest)
+
+
+class _Call:
+    """What both sites have: the options, and what is known so far by (max_q, max_k)."""
+
+    def __init__(self, options: dict[str, Any], backward: bool) -> None:
+        self.options = options
+        self.backward = backward
+        self.found: dict[tuple[int, int], _Known] = {}
+
+    def look(self, query: Tensor, key: Tensor, value: Tensor, args: _Lengths, tensors: dict[str, Any]) -> _Known:
+        if len(self.found) >= _MOST_BOUNDS:
+            self.found.clear()
+        known = self.found[args[2:]] = _Known(self, (query, key, value), args, tensors)
+        return known
+
+
+def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    call = _Call(options, backward=False)
+    found, look, failed = call.found, call.look, fallback.failed
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        known = found.get(args[2:]) or look(query, key, value, args, tensors)
+        if not (failed(known.problem, False) or _debug()):
+            try:
+                return known.backend.forward(query, key, value, known.layout(args, tensors), known.rule)
+            except Exception as error:
+                fallback.note(error, known.backend, known.problem, known.kernels, False)
+        return forward(query, key, value, *args, **options, **tensors)
+
+    return attend
+
+
+def _backward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    call = _Call(options, backward=True)
+    found, look, failed = call.found, call.look, fallback.failed
+
+    def differentiate(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        known = found.get(args[2:]) or look(query, key, value, args, tensors)
+        # The gradient of lse is prepared before a kernel sees it.
+        if grad_lse is None and not failed(known.problem, True):
+            layout = known.layout(args, tensors)
+            try:
+                return known.backend.backward(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
+            except Exception as error:
+                fallback.note(error, known.backend, known.problem, known.kernels, True)
+        return backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)
+
+    return differentiate

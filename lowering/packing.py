@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat
+from varlen_inductor.lowering import ahead
 from varlen_inductor.ops import packing
 
 _ops = torch.ops.varlen_inductor
@@ -32,6 +33,15 @@ def _unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return packing.unpack_adjoint(grad, index, inverse, rows_of=_rows)
 
 
+def _plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Where Python runs, the operator's own kernel plans faster.
+    return ahead.plan_static(mask) if _compat.compiles_ahead_of_time() else NotImplemented
+
+
+def _row_offsets(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
+    return packing.row_offsets(like, batch, length, empty) if _compat.compiles_ahead_of_time() else NotImplemented
+
+
 def register() -> None:
     """Register the decompositions with Inductor; further calls do nothing."""
     _compat.register_inductor_decompositions(
@@ -40,5 +50,7 @@ def register() -> None:
             _ops.unpack.default: _unpack,
             _ops.unpack_adjoint.default: _unpack_adjoint,
             _ops.plan_in_place.default: packing.plan_in_place,
+            _ops.plan_static.default: _plan_static,
+            _ops.row_offsets.default: _row_offsets,
         }
     )

@@ -300,7 +300,8 @@ class _Recorder(fx.Interpreter):
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
-            with _compat.set_current_meta(n):
+            # What is done to fetch it switches gradients off and on, which would be recorded.
+            with _compat.set_current_meta(n), _compat.torch_functions_not_recorded():
                 return self._attribute(str(n.target))
         if _is_higher_order(n):
             with _compat.set_current_meta(n):
@@ -349,7 +350,14 @@ class _Recorder(fx.Interpreter):
         with _compat.recording_disabled():
             fake = fake.detach()
         _set_attribute(tracer.root, name, value)
-        return _compat.track(fake, tracer.create_proxy("get_attr", name, (), {}), tracer)
+        # The tracer looks the name up as it is, so one with a path ("layer.weight", in exported programs) waits until it has.
+        flat = name.replace(".", "_")
+        _set_attribute(tracer.root, flat, value)
+        proxy = tracer.create_proxy("get_attr", flat, (), {})
+        if flat != name:
+            proxy.node.target = name
+            delattr(tracer.root, flat)
+        return _compat.track(fake, proxy, tracer)
 
     def _recorded_in_place(self, n: fx.Node) -> Any:
         """Record the graph of a checkpoint where it is called; `recompute.regroup` makes a call of it again."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat, config
 
 # What lives there for the sake of its neighbours.
 PUBLIC_ONLY = {"import_operators"}
@@ -272,7 +272,6 @@ def test_goes_straight() -> None:
 
 
 def test_knob_reader() -> None:
-    from varlen_inductor import config
 
     for name, values in {"debug": (True, False), "kernels": ("math", "auto")}.items():
         read = _compat.knob_reader(config, name)

@@ -6,11 +6,12 @@ name that moves fails there, with its reason beside it, and not in a user's mode
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -366,6 +367,11 @@ def recording_disabled() -> Any:
     return disable_proxy_modes_tracing()
 
 
+def torch_functions_not_recorded() -> Any:
+    """Context in which a trace above autograd does not see switches of grad mode and the like. Read in 2.11, 2.13."""
+    return torch._C.DisableTorchFunction()
+
+
 def track(value: Any, proxy: fx.Proxy, tracer: Any) -> Any:
     """Tell the tracer that ``value`` (fakes, sizes, nested in tuples) is what ``proxy`` stands for. Read in 2.11, 2.13."""
     from torch.fx.experimental.proxy_tensor import track_tensor_tree
@@ -629,6 +635,13 @@ def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> No
             cached.cache_clear()
 
 
+def compiles_ahead_of_time() -> bool:
+    """Whether Inductor is at work for AOTInductor, whose code runs without Python. Read in 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation)
+
+
 def no_dispatch_modes() -> Any:
     """A context in which no fake-tensor, tracing or other dispatch mode is active: operators run on real tensors.
 
@@ -639,26 +652,79 @@ def no_dispatch_modes() -> Any:
     return _disable_current_modes()
 
 
-def upstream_varlen_op() -> Any | None:
-    """PyTorch's own varlen attention, which registers itself when its module is imported. Read in 2.11, 2.13."""
-    try:
-        import torch.nn.attention.varlen
-
-        return torch.ops.torch_attn._varlen_attn.default
-    except (ImportError, AttributeError):
-        return None
+def hint(size: int | torch.SymInt) -> int | None:
+    """The number that a size had when the graph was traced, without a guard; None if there was none. Read in 2.11, 2.13."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return int(size)
 
 
-def fix_symbol(value: torch.SymFloat) -> float | None:
-    """The number behind a symbolic one; Dynamo then guards on it. None if it is known only when the graph runs.
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """A context in which kernels run on real tensors as they will in compiled code, from inside of a trace.
+
+    No dispatch mode, no Python dispatcher (each operator would pass through Python), no autograd, no autocast; the random
+    generators are as before afterwards. Read in 2.11, 2.13.
+    """
+    from torch._dispatch.python import no_python_dispatcher
+
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with (
+        no_dispatch_modes(),
+        no_python_dispatcher(),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=cuda),
+    ):
+        yield
+
+
+def benchmark(run: Callable[[], Any], device: torch.device) -> float:
+    """The time that ``run()`` takes in milliseconds, as Inductor measures its own candidates. Read in 2.11, 2.13."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    time = benchmarker.benchmark_cpu(run) if device.type == "cpu" else benchmarker.benchmark_gpu(run)
+    return float(time)
+
+
+def autotune_cache_folder() -> str | None:
+    """Where Inductor keeps its caches; None if it is not to keep what it times. Read in 2.11, 2.13."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir() if config.autotune_local_cache and not config.force_disable_caches else None
+
+
+def upstream_varlen_ops() -> tuple[frozenset[Any], frozenset[Any]]:
+    """PyTorch's own varlen attention and its backward, under all names that a graph may call them by.
+
+    They register themselves when their module is imported, so without it no graph can have them. Read in 2.11, 2.13.
+    """
+    if "torch.nn.attention.varlen" not in sys.modules:
+        return frozenset(), frozenset()
+    packets = (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward)
+    forward, backward = (frozenset({packet, packet.default}) for packet in packets)
+    return forward, backward
+
+
+def fix_symbol(value: Any) -> Any:
+    """The number or truth behind a symbolic one; Dynamo then guards on it. None for anything else, and if it is known only when
+    the graph runs.
 
     Guards that are added while a backend compiles are checked like any other. Read in 2.11, 2.13.
     """
-    return float(value) if value.node.has_hint() else None
+    numbers: tuple[tuple[Any, Callable[[Any], Any]], ...] = ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool))
+    for symbol, number in numbers:
+        if isinstance(value, symbol):
+            return number(value) if value.node.has_hint() else None
+    return None
 
 
-def lower_to_call(op: Any, module: str, function: str) -> None:
+def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -> None:
     """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
+
+    Where heads and head dims of query, key and value, the arguments from ``first_operand`` on, are numbers, and no size is zero,
+    it calls what ``module.site(function, ...)`` returns when the code is loaded, which is given the options that are constants.
 
     ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
     ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator.
@@ -673,17 +739,48 @@ def lower_to_call(op: Any, module: str, function: str) -> None:
     class Call(ir.FallbackKernel):
         def codegen(self, wrapper: Any) -> None:
             if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
-                self.python_kernel_name = alias
                 outermost = wrapper
                 while hasattr(outermost, "parent_wrapper"):
                     outermost = outermost.parent_wrapper
-                outermost.add_import_once(f"from {module} import {function} as {alias}")
+                self.python_kernel_name = alias
+                options = self._site_options()
+                if options is None:
+                    outermost.add_import_once(f"from {module} import {function} as {alias}")
+                else:
+                    number = outermost.varlen_sites = getattr(outermost, "varlen_sites", 0) + 1
+                    self.python_kernel_name = f"{alias}_{number}"
+                    given = "".join(f", {name}={value!r}" for name, value in options.items())
+                    outermost.add_import_once(f"from {module} import site as varlen_site")
+                    outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})")
             super().codegen(wrapper)
+
+        def _site_options(self) -> dict[str, Any] | None:
+            """The options that are constants, or None where every call must look at its operands."""
+            args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
+            query, key, value = args[first_operand : first_operand + 3]
+            sizes = [size for x in (query, key, value) for size in x.get_size()]
+            known = V.graph.sizevars.statically_known_gt
+            if not all(known(size, 0) for size in (*sizes, args[first_operand + 3].get_size()[0] - 1)):
+                return None
+            heads = [size for x in (query, key, value) for size in x.get_size()[1:]]
+            if kwargs.get("kernels") is None or not all(getattr(size, "is_number", True) for size in heads):
+                return None
+            given = {name: value for name, value in kwargs.items() if value is not None and not isinstance(value, ir.IRNode)}
+            return given if all(isinstance(value, (bool, int, float, str)) for value in given.values()) else None
+
+        def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
+            if str(self.python_kernel_name).startswith(f"{alias}_"):
+                # The site has the others.
+                self.kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, (bool, int, float, str, type(None)))}
+            return super().codegen_kwargs(skip_out)  # type: ignore[no-any-return]
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         def boxed(x: Any) -> Any:
             return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
 
+        if compiles_ahead_of_time():
+            # Its code would run, and pass the operator wrong numbers: sizes among the options confuse it.
+            raise RuntimeError(f"{op} cannot be called by the code of AOTInductor, which runs without Python")
         outputs: Any = Call.create(op, *args, **kwargs)
         for output in outputs:
             # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, config, report, runtime
-from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, worth
+from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, worth
 from varlen_inductor.patterns import builder as packing
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
@@ -38,14 +38,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OFF = 'config.packing is "off"'
 _ATTENTION_HINTS = ("scaled_dot_product", "softmax", "multi_head_attention", "transformer_encoder_layer")
 
 
 @dataclass
 class Rewrite:
-    """What the passes made of a graph. ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten.
+    """What the passes made of a graph.
 
-    Batches of fewer than ``min_positions`` run padded.
+    ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten. ``padded`` is what runs where packing
+    does not pay, if it is not the graph as it came. Batches of fewer than ``min_positions`` run padded.
     """
 
     report: report.Report
@@ -53,6 +55,7 @@ class Rewrite:
     plan: fx.GraphModule | None = None
     domains: int = 0
     min_positions: int = 0
+    padded: fx.GraphModule | None = None
 
 
 @dataclass
@@ -86,6 +89,11 @@ def compile_graph(
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
     rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
+    if rewrite.report.rewritten and inner.options.get("max_autotune"):
+        rewrite.report.notes.append(
+            "max_autotune: the kernels are timed when the graph is lowered, and the fastest is taken; TORCH_LOGS=+varlen_inductor "
+            "shows the times"
+        )
     report.publish(rewrite.report)
     if rewrite.gm is None:
         return inner.compile(gm, example_inputs)
@@ -95,7 +103,7 @@ def compile_graph(
     return runtime.PackedProgram(
         plan=rewrite.plan,
         body=rewrite.gm,
-        padded=gm,
+        padded=gm if rewrite.padded is None else rewrite.padded,
         domains=rewrite.domains,
         min_positions=rewrite.min_positions,
         varying=[i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if not _is_fixed(node)],
@@ -131,6 +139,20 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str, cuda_graphs: bool = False) -
     """
     made = report.Report()
     made.see_before(gm)
+    varlen = _rewrite_varlen(gm, made, mode)
+    if varlen is not None:
+        made.see_after(varlen)
+        if not _has(gm, _ATTENTION_HINTS):
+            return Rewrite(made, varlen)
+    rewrite = _rewrite_padded(gm if varlen is None else varlen, made, mode, cuda_graphs)
+    if rewrite.gm is None:
+        rewrite.gm = varlen
+    rewrite.padded = varlen
+    return rewrite
+
+
+def _rewrite_padded(gm: fx.GraphModule, made: report.Report, mode: str, cuda_graphs: bool) -> Rewrite:
+    """The way of the attentions that know of padding by a mask."""
     try:
         sites = _find_sites(gm, made)
     except NotNormalisable as refusal:
@@ -138,7 +160,7 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str, cuda_graphs: bool = False) -
         return Rewrite(made)
     if mode == "off":
         for line in sites.lines.values():
-            line.reason = 'config.packing is "off"'
+            line.reason = _OFF
         return Rewrite(made)
     partial = _compat.is_partial_graph(gm) or _compat.called_by_uncompiled_code()
     attempts: list[regions.Mode] = ["model", "attention"] if mode == "model" else ["attention"]
@@ -164,12 +186,52 @@ def _enters_autocast(gm: fx.GraphModule) -> bool:
 
 def _may_have_attention(gm: fx.GraphModule) -> bool:
     """Whether there is anything to look for, in the graph or in those that its higher-order operators are given."""
+    return _has(gm, (*_ATTENTION_HINTS, "_varlen_attn"))
+
+
+def _has(gm: fx.GraphModule, hints: tuple[str, ...]) -> bool:
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            if any(hint in name for hint in _ATTENTION_HINTS):
+            if any(hint in name for hint in hints):
                 return True
     return False
+
+
+# --- PyTorch's own varlen attention ------------------------------------------------------------------------------------------
+
+
+def _rewrite_varlen(gm: fx.GraphModule, made: report.Report, mode: str) -> fx.GraphModule | None:
+    """A copy of the graph that calls our varlen attention in the place of PyTorch's, or None if it calls PyTorch's nowhere."""
+    found = upstream_varlen.find(gm)
+    for call in found.all():
+        kind = upstream_varlen.KIND_BACKWARD if call.backward else upstream_varlen.KIND
+        line = report.Site(report.source_of(call.node), kind)
+        made.sites.append(line)
+        if call.reason is None:
+            call.reason = _OFF if mode == "off" else _kernel_of_call(call, line)
+        line.decision, line.reason = ("rewritten", "") if call.reason is None else ("kept", call.reason)
+    if all(call.reason is not None for call in found.all()):
+        return None
+    return upstream_varlen.rewrite(gm, found)
+
+
+def _kernel_of_call(call: upstream_varlen.Call, line: report.Site) -> str | None:
+    """Note the kernel that a call gets; the reason to leave the call to PyTorch if it is no fast one."""
+    from varlen_inductor.ops.backends import choose as choose_kernel
+
+    problem = upstream_varlen.problem_of(call)
+    if _compat.compiles_ahead_of_time():
+        line.kernel = "ATen operators"
+        return "AOTInductor compiles forwards only" if call.backward else None
+    try:
+        chosen = choose_kernel(problem, config.kernels, call.backward)
+    except RuntimeError as refusal:
+        return str(refusal)
+    if chosen.backend.name == "math" and problem.device.type != "cpu":
+        return "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items())
+    line.kernel, line.other_kernels = chosen.backend.name, dict(chosen.refused)
+    return None
 
 
 # --- attention and masks -----------------------------------------------------------------------------------------------------
@@ -351,6 +413,7 @@ def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_p
 
 
 def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str:
+    from varlen_inductor.lowering import ahead
     from varlen_inductor.ops.backends import choose as choose_kernel
     from varlen_inductor.ops.problem import Problem, length_class, must_be_deterministic
 
@@ -374,6 +437,12 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         length=length_class(query.shape[-2]),
         deterministic=must_be_deterministic(),
     )
+    if _compat.compiles_ahead_of_time():
+        reason = ahead.refusal(problem)
+        if reason is not None:
+            raise SiteRefused(site, reason)
+        sites.lines[site].kernel = "aten_flash"
+        return "aten_flash"
     chosen = choose_kernel(problem, config.kernels)
     if chosen.backend.name == "math" and query.device.type != "cpu":
         raise SiteRefused(site, "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items()))

@@ -1,6 +1,5 @@
 """Attention in a form that needs no rewriting, or has a mask of its own: named to the user, and left alone.
 
-%y = torch_attn._varlen_attn.default(%q, %k, %v, %cu_seq_q, %cu_seq_k, ...)      it is a varlen call already
 %y = flex_attention(%q, %k, %v, %score_mod, ...)                                 its block mask skips what is hidden
 %y = aten._transformer_encoder_layer_fwd.default(...)                            fused, without a mask
 %y = tag_activation_checkpoint(%wrap_body_0, ...)                                a checkpoint that cannot be packed through
@@ -12,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-
-from varlen_inductor import _compat
 
 from .. import recompute
 from .candidate import Candidate, Facts, NotAttention
@@ -31,9 +28,6 @@ def _reasons() -> dict[Any, str]:
     direct = "it calls one kernel of scaled_dot_product_attention directly"
     for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
         reasons[getattr(aten, f"_scaled_dot_product_{name}").default] = direct
-    varlen = _compat.upstream_varlen_op()
-    if varlen is not None:
-        reasons[varlen] = "it is a varlen_attn call already"
     return reasons
 
 

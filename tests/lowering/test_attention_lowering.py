@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch._inductor.utils import run_and_get_code
 import varlen_inductor
 import varlen_inductor.lowering
 from attention_cases import assert_close, make_case, reference
+from helpers import MaskedAttention, padded_batch
 from varlen_inductor.lowering import direct
-from varlen_inductor.ops import attention
+from varlen_inductor.ops import attention, backends
+from varlen_inductor.ops.backends import cpu, fallback, math
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cu_seq: Tensor) -> Tensor:
@@ -21,8 +25,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, cu_seq: Tensor) -> Tensor:
 
 
 def calls(code: list[str]) -> list[str]:
-    """The lines that assign from a call of ours, by function."""
-    return re.findall(r"= (\S*varlen\w*(?:\.\w+)*)\(", "\n".join(code))
+    """The calls of ours whose results are assigned."""
+    return re.findall(r"buf\d+ = (\S*varlen\w*(?:\.\w+)*)\(", "\n".join(code))
+
+
+def sites(code: list[str]) -> list[str]:
+    """What the sites of the code are made with."""
+    return re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -35,7 +44,11 @@ def test_one_direct_call_each_way(dynamic: bool) -> None:
         return (out, *torch.autograd.grad(out.sum(), case.operands[:3]))
 
     (out, *grads), code = run_and_get_code(step)
-    assert calls(code) == ["varlen_inductor_lowering_direct_forward", "varlen_inductor_lowering_direct_backward"]
+    # Where heads and head dims are sizes that may change, each call looks at them.
+    number = "" if dynamic else "_1"
+    assert calls(code) == [f"varlen_inductor_lowering_direct_{function}{number}" for function in ("forward", "backward")]
+    options = "window_right=0, kernels='auto'"
+    assert sites(code) == ([] if dynamic else [f"'forward', {options}", f"'backward', {options}"])
     expected = reference(case._replace(query=case.query * 2, options={"window_left": -1, "window_right": 0}))[0].cos()
     assert_close(out, expected, torch.float32, "out")
     for actual, wanted in zip(grads, torch.autograd.grad(expected.sum(), case.operands[:3])):
@@ -52,6 +65,76 @@ def test_direct_calls_take_what_the_operators_take() -> None:
     actual = direct.backward(*gradients, *operands, **case.options)
     for one, other in zip(actual, attention.varlen_attn_backward(*gradients, *operands, **case.options)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("data", [{}, {"seqused_k": torch.tensor([3, 9], dtype=torch.int32)}])
+def test_sites_do_what_the_operators_do(data: dict[str, Tensor]) -> None:
+    case = make_case((5, 9), window=(-1, 0))
+    options = {**case.options, "tails_unread": True}
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    attend, differentiate = (direct.site(function, kernels="auto", **options) for function in ("forward", "backward"))
+    results = attention.varlen_attn(*operands, **options, **data)
+    gradients = (torch.randn_like(results[0]), torch.randn_like(results[1]), *results)
+    for grad_lse in (None, gradients[1]):
+        gradients = (gradients[0], grad_lse, *results)
+        for _ in range(2):
+            for actual, expected in zip(attend(*operands, **data), results):
+                assert torch.equal(actual, expected)
+            expected_gradients = attention.varlen_attn_backward(*gradients, *operands, **options, **data)
+            for actual, expected in zip(differentiate(*gradients, *operands, **data), expected_gradients):
+                assert torch.equal(actual, expected)
+
+
+def test_a_site_looks_again_when_bounds_change() -> None:
+    attend = direct.site("forward", kernels="auto")
+    for lengths in ((5, 9), (3, 2), (1030,)):
+        case = make_case(lengths)
+        operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+        assert torch.equal(attend(*operands)[0], attention.varlen_attn(*operands)[0])
+
+
+def test_a_site_goes_on_with_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((5, 9))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    expected = attention.varlen_attn(*operands, kernels="math")
+    attend, differentiate = (direct.site(function, kernels="auto") for function in ("forward", "backward"))
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("no luck")
+
+    backend = dataclasses.replace(cpu.BACKEND, forward=broken, backward=broken)
+    monkeypatch.setattr(backends, "BACKENDS", (backend, math.BACKEND))
+    monkeypatch.setattr(backends, "_order", lambda problem, backward: backends.BACKENDS)
+    backends.choose.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: no luck"):
+            attend(*operands)
+        with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: no luck"):
+            differentiate(expected[0], None, *expected, *operands)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(attend(*operands)[0], expected[0])
+            differentiate(expected[0], None, *expected, *operands)
+    finally:
+        backends.choose.cache_clear()
+        fallback.forget()
+
+
+def test_a_site_where_only_the_number_of_tokens_is_open() -> None:
+    compiled = torch.compile(attend, fullgraph=True)
+    first, second = make_case((5, 9)), make_case((7, 3, 1))
+
+    def step() -> list[Tensor]:
+        return [compiled(*case.operands[:4]) for case in (first, second)]
+
+    for case in (first, second):
+        for x in case.operands[:4]:
+            torch._dynamo.mark_dynamic(x, 0)
+    outs, code = run_and_get_code(step)
+    assert len(code) == 2  # forward and backward, for both
+    assert sites(code)[0] == "'forward', window_right=0, kernels='auto'"
+    for case, out in zip((first, second), outs):
+        assert torch.allclose(out, attend(*case.operands[:4]), atol=1e-5)
 
 
 def test_scale_of_zero_is_a_scale() -> None:
@@ -85,8 +168,14 @@ def test_in_a_branch() -> None:
 
 
 @pytest.mark.slow
-def test_in_cpp_wrapper_code() -> None:
-    case = make_case((5, 9))
-    operands = [x.detach() for x in case.operands[:4]]
-    compiled = torch.compile(attend, options={"cpp_wrapper": True})
-    assert torch.allclose(compiled(*operands), attend(*operands), atol=1e-5)
+@pytest.mark.parametrize("packing", ["model", "attention"])
+def test_in_cpp_wrapper_code(packing: str) -> None:
+    """Its code calls the operator, forward and backward."""
+    model, (x, valid) = MaskedAttention(), padded_batch()
+    options = {"cpp_wrapper": True, "varlen.packing": packing, "varlen.round_tokens": 4}
+    compiled = torch.compile(model, backend="varlen_inductor", options=options)
+    x.requires_grad_()
+    out, expected = compiled(x, valid)[valid], model(x, valid)[valid]
+    assert torch.allclose(out, expected, atol=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
+    assert torch.allclose(grad, expected_grad, atol=1e-5)

@@ -45,13 +45,6 @@ def test_flex_attention() -> None:
     ]
 
 
-def test_varlen_attention() -> None:
-    from torch.nn.attention.varlen import varlen_attn
-
-    x, offsets = torch.randn(8, 2, 16, dtype=torch.bfloat16), torch.tensor([0, 3, 8], dtype=torch.int32)
-    assert reasons(lambda x, c: varlen_attn(x, x, x, c, c, 5, 5), x, offsets) == ["it is a varlen_attn call already"]
-
-
 def test_fused_layer_without_a_mask() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     with torch.no_grad():
