@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from varlen_inductor import _compat, config
-from varlen_inductor.ops.attention import run_backward, run_forward, split_arguments
+from varlen_inductor.ops.attention import debug, default_kernels, run_backward, run_forward, split_arguments
 from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.problem import Layout, Problem
 from varlen_inductor.ops.validate import check_lengths
@@ -22,15 +21,14 @@ _Lengths = tuple[Tensor, Tensor, int, int]
 """cu_seq_q, cu_seq_k, max_q, max_k: what every call is given by position behind query, key and value."""
 
 _MOST_BOUNDS = 256
-_debug = _compat.knob_reader(config, "debug")
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``varlen_inductor::varlen_attn``."""
     layout, rule, kernels = split_arguments(query, *args, **options)
-    if config.debug:
+    if debug():
         check_lengths(layout, query, key)
-    return run_forward(query, key, value, layout, rule, kernels or config.kernels)
+    return run_forward(query, key, value, layout, rule, kernels or default_kernels())
 
 
 def backward(
@@ -47,7 +45,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``varlen_inductor::varlen_attn_backward``."""
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = kernels or config.kernels
+    kernels = kernels or default_kernels()
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
@@ -65,7 +63,7 @@ class _Known:
 
     def __init__(self, call: _Call, operands: tuple[Tensor, Tensor, Tensor], args: _Lengths, tensors: dict[str, Any]) -> None:
         layout, self.rule, kernels = split_arguments(operands[0], *args, **{**call.options, **tensors})
-        self.kernels = kernels or config.kernels
+        self.kernels = kernels or default_kernels()
         self.problem = Problem.of(*operands, layout, self.rule)
         self.backend = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward)).backend
         named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
@@ -100,7 +98,7 @@ def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
-        if not (failed(known.problem, False) or _debug()):
+        if not (failed(known.problem, False) or debug()):
             try:
                 return known.backend.forward(query, key, value, known.layout(args, tensors), known.rule)
             except Exception as error:
