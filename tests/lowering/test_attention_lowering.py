@@ -48,7 +48,7 @@ def test_one_direct_call_each_way(dynamic: bool) -> None:
     number = "" if dynamic else "_1"
     assert calls(code) == [f"varlen_inductor_lowering_direct_{function}{number}" for function in ("forward", "backward")]
     options = "window_right=0, kernels='auto'"
-    scale = f"scale={8**-0.5}, "  # what was left out is a number once there is a gradient
+    scale = f"scale={1 / 8**0.5}, "  # what was left out is a number once there is a gradient
     assert sites(code) == ([] if dynamic else [f"'forward', {options}", f"'backward', {scale}{options}"])
     expected = reference(case._replace(query=case.query * 2, options={"window_left": -1, "window_right": 0}))[0].cos()
     assert_close(out, expected, torch.float32, "out")
