@@ -1,8 +1,7 @@
 """What flash-attn-4 looks like to its caller (as in 4.0.0b36), computed slowly on the CPU.
 
 As there, a function looks compiled kernels up in a cache and calls them; the backward is three kernels that share scratch memory,
-and more with shared heads. As on Hopper, blocks are read past the end of a sequence, what is not written is anything, and keys that
-are not in use get no gradient.
+and more with shared heads. As on Hopper, blocks are read past the end of a sequence, and what is not written is anything.
 """
 
 from __future__ import annotations
@@ -159,9 +158,7 @@ class FlashAttn4:
             dpsum, lse_log2 = (dirty(torch.empty(heads, rows_q)) for _ in range(2))
             dq_accum = dirty(torch.empty(heads, rows_q * dim))
             shared = heads > heads_k
-            dk_to, dv_to = (
-                (torch.zeros(heads_k, rows_k * dim), torch.zeros(heads_k, rows_k * dim_v)) if shared else (dk, dv)
-            )
+            dk_to, dv_to = (torch.zeros(heads_k, rows_k * dim), torch.zeros(heads_k, rows_k * dim_v)) if shared else (dk, dv)
             self.pre((dlse is not None,), out, dout, dpsum, lse, lse_log2, dq_accum, cu_seqlens_q, seqused_q, dlse, None, 1.0)
             key = (causal, left is not None, right is not None, seqused_k is None, dim, dim_v)
             cache = _flash_attn_bwd.compile_cache

@@ -43,7 +43,7 @@ def compiled(kernel: Any, constants: dict[str, Any], element: str, capability: i
             signature[name], values[(place,)] = "constexpr", constants.get(name, 1)
             continue
         stride = name.startswith("stride")
-        tensor = name in ("query", "key", "value", "out") or name.startswith("grad")
+        tensor = name in ("query", "key", "value", "out", "kept") or name.startswith("grad")
         signature[name] = f"*{element}" if tensor else TYPES.get(name, "i32")
         if tensor or stride:
             hints[(place,)] = [["tt.divisibility", 16]]
@@ -110,8 +110,8 @@ def test_what_is_around_them() -> None:
     compiled(rows._finish_forward, {"BLOCK": rows.BLOCK}, "bf16", 90)
     compiled(rows._finish_backward, {"BLOCK": rows.BLOCK}, "bf16", 90)
     sizes = {"HEADS": 12, "DIM": 64, "DIM_GRAD": 64, "HEADS_K": 4, "DIM_K": 64, "DIM_V": 40, "REACH": 256, "BLOCK": tails.BLOCK}
-    for used in (True, False):
-        compiled(tails._clean_kernel, {**sizes, "USED": used}, "bf16", 90)
+    for putting_back in (True, False):
+        compiled(tails._exchange_kernel, {**sizes, "PUTTING_BACK": putting_back}, "bf16", 90)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -10,13 +10,15 @@ No release of either was run on a GPU for this: there are no wheels of them for 
 call stand-ins with the signatures of those releases, so that what is passed where is tested, and the kernels are not.
 
 Neither knows positions or a gradient of lse (computed here with a second call). Version 2 has dropout and no used keys in its
-backward, version 3 it is the other way round. Version 3 reads past the end of a sequence (`tails` makes that harmless).
+backward, version 3 has no dropout and reads past the end of a sequence: `tails` makes that harmless behind the last one, and used
+keys are refused.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -41,11 +43,7 @@ from varlen_inductor.ops.backends.rows import finish_backward, finish_forward
 from varlen_inductor.ops.backends.tails import finite_behind
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
-_OTHER_NAMES = {
-    "causal": "is_causal",
-    "seqused_q": "sequed_q",
-    "seqused_k": "sequed_k",
-}
+_OTHER_NAMES = {"causal": "is_causal"}
 """What some releases call an argument."""
 
 _NOT_USED = frozenset(
@@ -117,8 +115,8 @@ _BACKWARD = ("dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic")
 _NEEDED = {
     (2, "forward"): (*_BOTH, "dropout_p", "seqused_k", "return_softmax"),
     (2, "backward"): (*_BOTH, *_BACKWARD, "dropout_p", "rng_state"),
-    (3, "forward"): (*_BOTH, "seqused_k"),
-    (3, "backward"): (*_BOTH, *_BACKWARD, "seqused_k"),
+    (3, "forward"): _BOTH,
+    (3, "backward"): (*_BOTH, *_BACKWARD),
 }
 """The arguments that are given, by version of the kernels."""
 
@@ -142,6 +140,9 @@ def supports(package: Package, problem: Problem) -> str | None:
         return "a window that speaks of positions is unknown to it"
     if problem.dropout_p > 0.0 and package.version == 3:
         return "it has no dropout"
+    if problem.seqused_k and package.version == 3:
+        # It reads behind the keys in use, and those rows are the caller's: they may hold anything and must not be written.
+        return "it reads past the keys in use (seqused_k)"
     if problem.dropout_p == 1.0:
         return "it cannot drop everything"
     if problem.dropout_p > 0.0 and dim > 192 and torch.cuda.get_device_capability(problem.device) not in ((8, 0), (9, 0)):
@@ -230,8 +231,9 @@ def forward(
     dim = kernel_head_dim(query, value)
     layout = _layout(package, layout, key.shape[0], rule.dropout_p > 0.0)
     query, rule, _ = positive_scale(query, rule)
-    q, k, v = _readable(package, (ready(query, dim),), (ready(key, dim), ready(value, dim)), layout)
-    out, lse, rng_state = _run(package, q, k, v, layout, rule)
+    queries, keys = (ready(query, dim),), (ready(key, dim), ready(value, dim))
+    with _readable(package, queries, keys, layout) as (q, k, v):
+        out, lse, rng_state = _run(package, q, k, v, layout, rule)
     out = narrowed(out, value.shape[2])
     if not layout.tails_unread:
         finish_forward(out, lse, layout.cu_seq_q)
@@ -255,12 +257,13 @@ def backward(
     dim = kernel_head_dim(query, value)
     layout = _layout(package, layout, key.shape[0], True)
     scaled, rule, factor = positive_scale(query, rule)
-    q, g, k, v = _readable(package, (ready(scaled, dim), ready(grad_out, dim)), (ready(key, dim), ready(value, dim)), layout)
-    grad_query, grad_key, grad_value = _run_backward(package, g, q, k, v, ready(out, dim), lse, rng_state, layout, rule)
-    if grad_lse is not None:
-        run, run_backward = partial(_run, package), partial(_run_backward, package)
-        more_query, more_key = through_lse(run, run_backward, grad_lse, q, k, lse, layout, rule)
-        grad_query, grad_key = grad_query + more_query, grad_key + more_key
+    queries, keys = (ready(scaled, dim), ready(grad_out, dim)), (ready(key, dim), ready(value, dim))
+    with _readable(package, queries, keys, layout) as (q, g, k, v):
+        grad_query, grad_key, grad_value = _run_backward(package, g, q, k, v, ready(out, dim), lse, rng_state, layout, rule)
+        if grad_lse is not None:
+            run, run_backward = partial(_run, package), partial(_run_backward, package)
+            more_query, more_key = through_lse(run, run_backward, grad_lse, q, k, lse, layout, rule)
+            grad_query, grad_key = grad_query + more_query, grad_key + more_key
     if factor != 1.0:
         grad_query = grad_query * factor
     grads = (narrowed(grad_query, query.shape[2]), narrowed(grad_key, key.shape[2]), narrowed(grad_value, value.shape[2]))
@@ -276,8 +279,10 @@ def _layout(package: Package, layout: Layout, key_tokens: int, without: bool) ->
     return contiguous(without_used(layout, key_tokens) if without else layout, MAX_SEQUENCES)
 
 
-def _readable(package: Package, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, ...]:
-    return finite_behind(queries, keys, layout) if package.version == 3 else (*queries, *keys)
+def _readable(
+    package: Package, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout
+) -> AbstractContextManager[tuple[Tensor, ...]]:
+    return finite_behind(queries, keys, layout) if package.version == 3 else nullcontext((*queries, *keys))
 
 
 def _run(package: Package, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,7 +292,7 @@ def _run(package: Package, query: Tensor, key: Tensor, value: Tensor, layout: La
     given = _common(package, query, key, value, layout, rule)
     if package.version == 3:
         with torch.cuda.device_of(query):
-            out, lse = functions[0](given | {"seqused_k": layout.seqused_k})[:2]
+            out, lse = functions[0](given)[:2]
         return out, lse, query.new_empty(0, dtype=torch.uint64)
     given |= {"seqused_k": layout.seqused_k, "dropout_p": rule.dropout_p, "return_softmax": False}
     with torch.cuda.device_of(query):
@@ -311,16 +316,11 @@ def _run_backward(
     functions = _functions(package)
     if isinstance(functions, str):
         raise RuntimeError(functions)
-    # The kernels write no gradient of keys that are not in use.
-    make = torch.empty if layout.seqused_k is None else torch.zeros
-    dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     given = _common(package, query, key, value, layout, rule)
     given |= {"dout": grad_out, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
     given["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    if package.version == 3:
-        given["seqused_k"] = layout.seqused_k
-    else:
+    if package.version == 2:
         given |= {"dropout_p": rule.dropout_p, "rng_state": rng_state.view(torch.int64) if rule.dropout_p > 0.0 else None}
     with torch.cuda.device_of(query):
         functions[1](given)

@@ -1,24 +1,29 @@
-"""CUDA: the kernels of the package flash-attn-4 (``flash_attn.cute``), the fastest there are for Hopper.
+"""CUDA: the kernels of the package flash-attn-4 (``flash_attn.cute``), written for Hopper and Blackwell.
 
 It is in beta and has no stable interface. The two functions that run the kernels, ``_flash_attn_fwd`` and ``_flash_attn_bwd``, are
 called by the names of their arguments; their signatures are looked at once, and a release whose signatures are not understood is
 refused with the reason. Read in 4.0.0b3, b8, b13, b18, b22, b26, b30, b33 and b36; before b8 the backward knows neither sequences
 on Hopper nor a gradient of lse, and those releases are refused.
 
-The kernels take half precision, head dims that are multiples of 8 and at most 256, windows level with the last key, ``seqused_k``
-and a gradient of lse; no dropout and no positions. They are compiled at the first call (seconds), for: dtype, head dims, heads per
-key head, whether causal, which sides of a window are limited, which of the optional tensors there are, whether the longest sequence
-fits one block, and whether there are more than 256 sequences. A number of tokens or of sequences compiles nothing.
+The kernels take half precision, windows level with the last key and a gradient of lse; no dropout and no positions. They are
+compiled at the first call (seconds), for: dtype, head dims, heads per key head, whether causal, which sides of a window are
+limited, which of the optional tensors there are, whether the longest sequence fits one block, and whether there are more than 256
+sequences. A number of tokens or of sequences compiles nothing.
 
 They read up to a block behind the last row of a sequence (`tails` makes that harmless). A function's Python takes far longer than
 the launch, so calls are noted and made again without it (`replay`).
+
+Run by us on an H100 with PyTorch 2.11 and 4.0.0b36, against the reference: forward and backward with head dims 32, 64, 96, 128, 192
+and 256 (and 96 with 64, 64 with 128, 128 with 64, 192 with 128), shared heads, windows of every kind, a gradient of lse, 300
+sequences, a CUDA graph, and the deterministic backward. There a number of tokens compiled nothing, and calls were noted. Other
+releases were read and not run, and nothing was run on a device of compute capability 10.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,21 +31,33 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.base import Backend
-from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, contiguous, narrowed, positive_scale, ready
+from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, narrowed, positive_scale, ready
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
 from varlen_inductor.ops.backends.rows import finish_backward, finish_forward
-from varlen_inductor.ops.backends.tails import finite_behind
+from varlen_inductor.ops.backends.tails import finite_behind, own_rows
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MODULE = "flash_attn.cute.interface"
 MAX_ELEMENTS = 2**31
 MAX_HEAD_DIM_BLACKWELL = 128
 
-_SHARED = {"q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k"}
+HEAD_DIMS = 32
+"""Head dims are multiples of it. Others run, but dq came out wrong for 8, 40 and 72, and for 20 and 12 nothing was compiled."""
+MANY_SEQUENCES = 256
+"""More of them are found in another way by the kernels."""
+
+_BACKWARD = ("q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv")
+ARGUMENTS = {
+    "forward": ("q", "k", "v", "out", "lse"),
+    "backward": _BACKWARD,
+    "backward, lse": (*_BACKWARD, "dlse"),
+}
+"""What tensors are called, besides the offsets."""
+_LAYOUT = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 _RULE = {"softmax_scale", "causal", "window_size_left", "window_size_right", "softcap"}
-FORWARD = frozenset(_SHARED | _RULE)
-BACKWARD = frozenset(_SHARED | _RULE | {"dout", "dlse", "dq", "dk", "dv", "deterministic"})
+FORWARD = frozenset({*ARGUMENTS["forward"], *_LAYOUT, *_RULE})
+BACKWARD = frozenset({*ARGUMENTS["backward, lse"], *_LAYOUT, *_RULE, "deterministic"})
 """The arguments that are given."""
 
 
@@ -64,6 +81,11 @@ def supports(problem: Problem) -> str | None:
     most = _max_head_dim(problem.device)
     if max(problem.head_dim, problem.head_dim_v) > most:
         return f"its head dim is at most {most} here, not {max(problem.head_dim, problem.head_dim_v)}"
+    if problem.head_dim % HEAD_DIMS or problem.head_dim_v % HEAD_DIMS:
+        return f"its head dims are multiples of {HEAD_DIMS}, not {problem.head_dim} and {problem.head_dim_v}"
+    if problem.seqused_k:
+        # It reads behind the keys in use, and those rows are the caller's: they may hold anything and must not be written.
+        return "it reads past the keys in use (seqused_k)"
     if problem.positions and problem.windowed:
         return "a window that speaks of positions is unknown to it"
     if problem.dropout_p > 0.0:
@@ -119,16 +141,17 @@ def _misunderstood(module: ModuleType, name: str, given: frozenset[str]) -> str 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
-    dim, dim_v = kernel_head_dims(query, value)
-    _check_size(query, key, dim)
-    layout = contiguous(layout)
-    query, rule, _ = positive_scale(query, rule)
-    q, k, v = finite_behind((ready(query, dim),), (ready(key, dim), ready(value, dim_v)), layout)
-    out = q.new_empty(q.shape[0], q.shape[1], dim_v)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse}, layout, rule, {"softcap": None})
-    out = narrowed(out, value.shape[2])
-    if not layout.tails_unread:
+    if rule.scale <= 0.0:
+        query, rule, _ = positive_scale(query, rule)
+    q, k, v, sizes = _operands(query, key, value)
+    rows, heads, _, _, _, dim_v = sizes
+    out = q.new_empty(rows, heads, dim_v)
+    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    if layout.tails_unread:
+        _run("forward", (q, k, v, out, lse), sizes, layout, rule)
+    else:
+        with finite_behind((q,), (k, v), layout) as (q, k, v):
+            _run("forward", (q, k, v, out, lse), sizes, layout, rule)
         finish_forward(out, lse, layout.cu_seq_q)
     return out, lse, q.new_empty(0, dtype=torch.uint64)
 
@@ -146,76 +169,105 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    dim, dim_v = kernel_head_dims(query, value)
-    _check_size(query, key, dim)
-    layout = contiguous(layout)
-    scaled, rule, factor = positive_scale(query, rule)
-    rows_q, rows_k = (ready(scaled, dim), ready(grad_out, dim_v)), (ready(key, dim), ready(value, dim_v))
-    q, g, k, v = finite_behind(rows_q, rows_k, layout)
-    # The kernels write no gradient of keys that are not in use.
-    make = torch.empty if layout.seqused_k is None else torch.zeros
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    tensors = {"q": q, "k": k, "v": v, "out": ready(out, dim_v), "dout": g, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    if grad_lse is not None:
-        tensors["dlse"] = grad_lse.float().contiguous()
-    _run("backward", tensors, layout, rule, {"softcap": 0.0, "deterministic": torch.are_deterministic_algorithms_enabled()})
-    grads = (narrowed(dq, query.shape[2]), narrowed(dk, key.shape[2]), narrowed(dv, value.shape[2]))
-    if factor != 1.0:
-        grads = (grads[0] * factor, *grads[1:])
+    factor = 1.0
+    if rule.scale <= 0.0:
+        query, rule, factor = positive_scale(query, rule)
+    q, k, v, sizes = _operands(query, key, value)
+    rows, heads, dim, rows_k, heads_k, dim_v = sizes
+    o, g = _readable(out, heads, dim_v), _readable(grad_out, heads, dim_v)
+    grads = q.new_empty(rows, heads, dim), k.new_empty(rows_k, heads_k, dim), v.new_empty(rows_k, heads_k, dim_v)
+    way, more = ("backward", ()) if grad_lse is None else ("backward, lse", (grad_lse.float().contiguous(),))
+    if layout.tails_unread:
+        _run(way, (q, k, v, o, g, lse, *grads, *more), sizes, layout, rule)
+    else:
+        with finite_behind((q, g), (k, v), layout) as (q, g, k, v):
+            _run(way, (q, k, v, o, g, lse, *grads, *more), sizes, layout, rule)
+    if factor != 1.0 or dim != query.shape[2]:
+        grads = narrowed(grads[0] * factor, query.shape[2]), narrowed(grads[1], key.shape[2]), grads[2]
     if not layout.tails_unread:
         finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
     return grads
 
 
-def kernel_head_dims(query: Tensor, value: Tensor) -> tuple[int, int]:
-    """The head dims of query and key, and of value. Blocks are chosen by the former, so that the latter must not be larger."""
-    dim_v = -(-value.shape[2] // 8) * 8
-    return max(-(-query.shape[2] // 8) * 8, dim_v), dim_v
-
-
-def _check_size(query: Tensor, key: Tensor, dim: int) -> None:
-    if max(query.shape[0] * query.shape[1], key.shape[0] * key.shape[1]) * dim >= MAX_ELEMENTS:
+def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int, int, int]]:
+    """As the kernels read them, and the sizes ``(T_q, H, D, T_k, H_k, D_v)``."""
+    rows, heads, dim = query.shape
+    rows_k, heads_k, dim_v = value.shape
+    if dim < dim_v:  # blocks are chosen by the head dim of query and key: it must not be the smaller one
+        query, key, dim = ready(query, dim_v), ready(key, dim_v), dim_v
+    if max(rows * heads, rows_k * heads_k) * dim >= MAX_ELEMENTS:
         raise RuntimeError(f"query {tuple(query.shape)} or key {tuple(key.shape)} has 2**31 elements or more: split the batch")
+    q, k, v = _readable(query, heads, dim), _readable(key, heads_k, dim), _readable(value, heads_k, dim_v)
+    return q, k, v, (rows, heads, dim, rows_k, heads_k, dim_v)
 
 
-def _run(way: str, tensors: dict[str, Tensor], layout: Layout, rule: Rule, options: dict[str, Any]) -> None:
-    """Call the function ``way`` of the package."""
-    q, k = tensors["q"], tensors["k"]
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):  # the package launches on the current device
-            _run(way, tensors, layout, rule, options)
+def _readable(x: Tensor, heads: int, dim: int) -> Tensor:
+    """``x`` (T, H, D), or a copy: aligned, every row in memory of its own (no stride is 0), no gradient to follow."""
+    if x.requires_grad:
+        x = x.detach()
+    row, head, column = x.stride()
+    if column == 1 and head >= dim and row >= head * heads and not (row | head) % 8 and not x.data_ptr() % 16:
+        return x  # which is all that the last line would find out, sooner
+    return own_rows(ready(x, dim))
+
+
+@cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _run(way: str, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int, int, int, int], layout: Layout, rule: Rule) -> None:
+    """Call the function of the package with ``tensors``, which are named in ``ARGUMENTS[way]``; ``sizes`` as of ``_operands``."""
+    q = tensors[0]
+    device = q.device
+    if _several_devices() and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # the package launches on the current device
+            _run(way, tensors, sizes, layout, rule)
         return
     kernels = _kernels()
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
-    max_q, max_k = max(int(layout.max_q), 1), max(int(layout.max_k), 1)
-    cu_q, cu_k, used = layout.cu_seq_q, layout.cu_seq_k, layout.seqused_k
-    one_layout = cu_q.data_ptr() == cu_k.data_ptr()
-    dims = (q.shape[2], tensors["v"].shape[2])
-    sizes = Sizes(q.shape[0], k.shape[0], cu_q.shape[0] - 1, dims)
-    problem = (q.device, q.dtype, q.shape[1], k.shape[1], dims, one_layout, q.shape[0] == k.shape[0], sizes.sequences > 256)
-    key = (way, problem, rule, max_q, max_k, used is None, "dlse" in tensors, *options.values())
-    # In the forward query, key and value may have a gradient, which must not be followed into the package.
-    given = [x.detach() if x.requires_grad else x for x in tensors.values()]
+    rows, heads, dim, rows_k, heads_k, dim_v = sizes
+    cu_q, cu_k, max_q, max_k = layout[:4]
+    if not (cu_q.is_contiguous() and cu_k.is_contiguous()):
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    one_layout = cu_q is cu_k or cu_q.data_ptr() == cu_k.data_ptr()
+    sequences = cu_q.shape[0] - 1
+    max_q, max_k = int(max_q) or 1, int(max_k) or 1
+    deterministic = way != "forward" and torch.are_deterministic_algorithms_enabled()
+    # Also whether there are as many queries as keys: rows then do not say what memory is for.
+    problem = (heads, heads_k, dim, dim_v, one_layout, rows == rows_k, sequences > MANY_SEQUENCES, max_q, max_k)
+    key = (way, device, q.dtype, rule, deterministic, problem)
+    given = (*tensors, cu_q, None if one_layout else cu_k)
+    if not kernels.replay.again(key, given, rows, rows_k, sequences):
+        call = partial(_call, kernels, way, tensors, cu_q, cu_k, max_q, max_k, rule, deterministic)
+        kernels.replay.first(key, given, Sizes(rows, rows_k, sequences, (dim, dim_v)), call)
 
-    def call() -> None:
-        function = kernels.forward if way == "forward" else kernels.backward
-        function(
-            **dict(zip(tensors, given, strict=True)),
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            seqused_k=used,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
-            softmax_scale=rule.scale,
-            causal=rule.causal,
-            window_size_left=None if rule.window_left == UNBOUNDED else rule.window_left,
-            window_size_right=None if rule.window_right == UNBOUNDED else rule.window_right,
-            **options,
-        )
 
-    kernels.replay(key, (*given, cu_q, None if one_layout else cu_k, used), sizes, call)
+def _call(
+    kernels: Kernels,
+    way: str,
+    tensors: tuple[Tensor, ...],
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    rule: Rule,
+    deterministic: bool,
+) -> None:
+    options = {"softcap": None} if way == "forward" else {"softcap": 0.0, "deterministic": deterministic}
+    (kernels.forward if way == "forward" else kernels.backward)(
+        **dict(zip(ARGUMENTS[way], tensors, strict=True)),
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        softmax_scale=rule.scale,
+        causal=rule.causal,
+        window_size_left=None if rule.window_left == UNBOUNDED else rule.window_left,
+        window_size_right=None if rule.window_right == UNBOUNDED else rule.window_right,
+        **options,
+    )
 
 
 BACKEND = Backend("flash4", supports, forward, backward)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 _MOST_TRIES = 3
 _MOST_NOTES = 4096
+_ALIGNMENT = 128
+"""So many numbers are 512 bytes, as PyTorch aligns memory."""
 _TILES = (64, 80, 96, 128, 256)
 _TILES_WIDE = (48, 64, 128, 256)
 """The block sizes that the backward kernels of flash-attn-4 have, the latter with head dims over 192."""
@@ -43,27 +46,25 @@ class Scratch(NamedTuple):
     tile: int
     width: int
     of_keys: bool
-    zeroed: bool
-
-    def make(self, sizes: Sizes, like: Tensor) -> Tensor:
-        columns = padded_rows(sizes.rows_k if self.of_keys else sizes.rows_q, sizes.sequences, self.tile) * self.width
-        make = torch.zeros if self.zeroed else torch.empty
-        return make((self.heads, columns), dtype=torch.float32, device=like.device)
 
 
 class Step(NamedTuple):
-    """One call: its arguments, and at which of them which value is to be put."""
+    """One call: the kernel, and what picks its arguments out of the values."""
 
     kernel: Any
-    args: list[Any]
-    places: tuple[tuple[int, int], ...]
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class Note(NamedTuple):
-    """Calls to be made again. Values are the caller's tensors, then the scratch memory."""
+    """Calls to be made again. Values are the caller's tensors, then scratch memory, then constants."""
 
     steps: tuple[Step, ...]
     scratch: tuple[Scratch, ...]
+    zeroed: tuple[Scratch, ...]
+    """Scratch memory that is zeros at first."""
+    like: int
+    """The index of a tensor in float32, if there is scratch memory."""
+    constants: tuple[Any, ...]
 
 
 def padded_rows(rows: int, sequences: int, tile: int) -> int:
@@ -74,6 +75,9 @@ def padded_rows(rows: int, sequences: int, tile: int) -> int:
 class Replay:
     """Runs functions whose compiled kernels lie in caches, past the functions where it can.
 
+    A key is all that decides which kernels are called with which numbers, but for the numbers of rows and of sequences; also which
+    tensors are None.
+
     Args:
         owners: objects with an attribute ``compile_cache``, which maps keys to compiled kernels.
     """
@@ -83,30 +87,33 @@ class Replay:
         self.notes: dict[Hashable, Note | int] = {}
         self.lock = threading.Lock()
 
-    def __call__(self, key: Hashable, tensors: Sequence[Tensor | None], sizes: Sizes, function: Callable[[], Any]) -> None:
-        """Do what ``function`` does: it runs kernels on ``tensors``.
+    def again(self, key: Hashable, tensors: tuple[Tensor | None, ...], rows_q: int, rows_k: int, sequences: int) -> bool:
+        """Make the calls noted for ``key`` with ``tensors``, or say that there is no note. Called very often."""
+        note = self.notes.get(key)
+        if not isinstance(note, Note):
+            return False
+        steps, scratch, zeroed, like, constants = note
+        try:
+            if scratch:
+                tensors += tuple([_empty(x, tensors[like], rows_k if x.of_keys else rows_q, sequences) for x in scratch])
+            if zeroed:
+                tensors += _zeros(zeroed, tensors[like], rows_q, rows_k, sequences)
+            values = tensors + constants
+            for kernel, arguments in steps:
+                kernel(*arguments(values))
+        except Exception:  # whatever it is: if it is the kernel's fault, the function says so
+            self.notes[key] = _MOST_TRIES
+            return False
+        return True
+
+    def first(self, key: Hashable, tensors: tuple[Tensor | None, ...], sizes: Sizes, function: Callable[[], Any]) -> None:
+        """Call ``function``, which runs kernels on ``tensors``, and note what it does.
 
         Args:
-            key: all that decides which kernels are called with which numbers, but for ``sizes``; also which of ``tensors`` are
-                None.
             tensors: all that kernels are given, but for scratch memory. ``None`` stands for what is not given, or was already.
         """
-        note = self.notes.get(key, 0)
-        if isinstance(note, Note):
-            try:
-                _run(note, tensors, sizes)
-                return
-            except Exception:  # whatever it is: if it is the kernel's fault, the function says so below
-                self.notes[key] = _MOST_TRIES
-        elif note < _MOST_TRIES:
-            self._first(key, note, tensors, sizes, function)
-            return
-        function()
-
-    def _first(
-        self, key: Hashable, tries: int, tensors: Sequence[Tensor | None], sizes: Sizes, function: Callable[[], Any]
-    ) -> None:
-        if not _distinct(tensors):
+        tries = self.notes.get(key, 0)
+        if isinstance(tries, Note) or tries >= _MOST_TRIES or not _distinct(tensors):
             function()
             return
         with self.lock, self._noting() as calls:
@@ -157,44 +164,58 @@ class _NotingCache:
         return getattr(self._cache, name)
 
 
-def understand(calls: Sequence[Any], tensors: Sequence[Tensor | None], sizes: Sizes) -> Note | None:
+def understand(calls: Sequence[Any], tensors: tuple[Tensor | None, ...], sizes: Sizes) -> Note | None:
     """The calls in terms of ``tensors`` and numbers, or ``None`` if something is neither."""
-    values: list[Tensor | None] = list(tensors)
+    memory: list[Tensor | None] = list(tensors)
     scratch: list[Scratch] = []
-    steps: list[Step] = []
-    for kernel, args in calls:
-        if args is None:
+    zeroed: list[Scratch] = []
+    constants: list[Any] = []
+    places: list[list[tuple[bool, int]]] = []
+    for _, args in calls:
+        if args is None or len(args) < 2:
             return None
-        template, places = list(args), []
-        for at, arg in enumerate(args):
-            if isinstance(arg, Tensor):
-                index = _which(arg, values)
-                if index is None:
-                    # What only a later call is given was not written by the first one: it may have to be zero.
-                    kept = _as_scratch(arg, sizes, zeroed=bool(steps))
-                    if kept is None:
-                        return None
-                    index = len(values)
-                    values.append(arg)
-                    scratch.append(kept)
-                template[at] = None
-                places.append((at, index))
-            elif not _is_constant(arg):
-                return None
-        steps.append(Step(kernel, template, tuple(places)))
-    return Note(tuple(steps), tuple(scratch)) if steps else None
+        places.append([])
+        for arg in args:
+            if not isinstance(arg, Tensor):
+                if not _is_constant(arg):
+                    return None
+                places[-1].append((True, len(constants)))
+                constants.append(arg)
+                continue
+            index = _which(arg, memory)
+            if index is None:
+                kept = _as_scratch(arg, sizes)
+                if kept is None:
+                    return None
+                index = len(memory)
+                memory.append(arg)
+                # What only a later call is given was not written by the first one: it may have to be zero.
+                (scratch if len(places) == 1 else zeroed).append(kept)
+            places[-1].append((False, index))
+    like = next((i for i, x in enumerate(tensors) if x is not None and x.dtype == torch.float32), None)
+    if not places or (like is None and (scratch or zeroed)):
+        return None
+    # Two places at least, for else it would give the one value itself.
+    steps = [
+        Step(kernel, itemgetter(*(len(memory) + i if constant else i for constant, i in at)))
+        for (kernel, _), at in zip(calls, places, strict=True)
+    ]
+    return Note(tuple(steps), tuple(scratch), tuple(zeroed), like or 0, tuple(constants))
 
 
-def _run(note: Note, tensors: Sequence[Tensor | None], sizes: Sizes) -> None:
-    values = list(tensors)
-    if note.scratch:
-        like = next(x for x in tensors if x is not None)
-        values += [scratch.make(sizes, like) for scratch in note.scratch]
-    for kernel, template, places in note.steps:
-        args = template.copy()
-        for at, index in places:
-            args[at] = values[index]
-        kernel(*args)
+def _empty(kept: Scratch, like: Any, rows: int, sequences: int) -> Tensor:
+    heads, tile, width, _ = kept
+    return like.new_empty(heads, padded_rows(rows, sequences, tile) * width)  # type: ignore[no-any-return]
+
+
+def _zeros(kept: Sequence[Scratch], like: Any, rows_q: int, rows_k: int, sequences: int) -> tuple[Tensor, ...]:
+    """All of it in one piece, so that one kernel writes the zeros."""
+    columns = [padded_rows(rows_k if x.of_keys else rows_q, sequences, x.tile) * x.width for x in kept]
+    starts = [0]
+    for x, n in zip(kept, columns, strict=True):
+        starts.append(starts[-1] + -(-x.heads * n // _ALIGNMENT) * _ALIGNMENT)
+    zeros = like.new_zeros(starts[-1])
+    return tuple([zeros.as_strided((x.heads, n), (n, 1), at) for x, n, at in zip(kept, columns, starts, strict=False)])
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> bool:
@@ -211,14 +232,14 @@ def _which(arg: Tensor, values: Sequence[Tensor | None]) -> int | None:
     return None
 
 
-def _as_scratch(arg: Tensor, sizes: Sizes, *, zeroed: bool) -> Scratch | None:
+def _as_scratch(arg: Tensor, sizes: Sizes) -> Scratch | None:
     if arg.dtype != torch.float32 or arg.dim() != 2 or not arg.is_contiguous():
         return None
     heads, columns = arg.shape
     widths = {1, *(-(-dim // step) * step for dim in sizes.dims for step in (32, 64))}
     sides = {False: sizes.rows_q} if sizes.rows_q == sizes.rows_k else {False: sizes.rows_q, True: sizes.rows_k}
     found = [
-        Scratch(heads, tile, width, of_keys, zeroed)
+        Scratch(heads, tile, width, of_keys)
         for of_keys, rows in sides.items()
         for tile in (_TILES_WIDE if max(sizes.dims) > 192 else _TILES)
         for width in widths

@@ -1,19 +1,23 @@
 """Makes what lies behind sequences harmless, for kernels that read past the end of one.
 
 Kernels that fetch whole blocks with Hopper's copy engine (TMA) read up to a block behind the last query or key of a sequence, and
-multiply what they find with weights that are zero. The next sequence is harmless there. Rows that belong to no sequence may hold
-anything, and 0 * NaN is NaN. So numbers that are not finite are replaced by zeros in the rows that a kernel may reach: behind the
-last sequence, and behind the keys in use where ``seqused_k`` says how many those are.
+multiply what they find with weights that are zero. The next sequence is as good as any other finite numbers there. Rows behind
+the last sequence may hold anything, and 0 * NaN is NaN. So numbers that are not finite are replaced by zeros in the rows there
+that a kernel may reach, for as long as it runs. Rows inside a sequence that it does not use (``seqused_k``) are not looked at:
+the backends that need this refuse such problems.
 
-With Triton this is done in place, by one small kernel: copies would cost a tenth of the attention. Those rows mean nothing to
-anyone, what is finite in them is left alone, and nothing is written where they hold finite numbers. Without Triton, copies are
-made.
+With Triton this is done in place: copies of the operands would cost a tenth of the attention. One small kernel in front keeps a
+copy of those rows and puts zeros where numbers are not finite; one behind puts those numbers back, bit for bit. Both run on the
+stream of the attention, and write nothing to rows that hold finite numbers. Without Triton, copies are made.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton 3.6 evaluates annotations, so nothing but constexpr has one.)
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,39 +33,37 @@ except ImportError:  # PyTorch without Triton
 
 REACH = 256
 """So many rows behind a sequence at most are read; no kernel has larger blocks."""
-PROGRAMS, PROGRAMS_EACH = 64, 8
-"""So many programs share the rows behind the last sequence, or those of each sequence where every one has some."""
+PROGRAMS = 64
+"""So many programs share the rows of a tensor."""
 BLOCK = 1024
 
 
-def finite_behind(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, ...]:
-    """``queries`` and ``keys``, one after the other, with no NaN and no infinity in rows that belong to no sequence.
+@contextmanager
+def finite_behind(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> Iterator[tuple[Tensor, ...]]:
+    """``queries`` and ``keys``, one after the other, with no NaN and no infinity behind the last sequence inside of the context.
+
+    What the caller's tensors hold is the same before and after. With ``layout.tails_unread`` their rows there hold finite numbers
+    already, if there are any.
 
     Args:
         queries: one or two tensors (T_q, H, D), whose rows ``cu_seq_q`` describes; the last dimension contiguous.
-        keys: two tensors (T_k, H_k, D), whose rows ``cu_seq_k`` and ``seqused_k`` describe; the last dimension contiguous.
+        keys: two tensors (T_k, H_k, D), whose rows ``cu_seq_k`` describes; the last dimension contiguous.
     """
-    if not _with_triton(keys[0]):
-        dead_q, dead_k = _dead(queries[0], layout.cu_seq_q, None), _dead(keys[0], layout.cu_seq_k, layout.seqused_k)
-        cleaned = [x.masked_fill(dead_q[:, None, None] & ~x.isfinite(), 0.0) for x in queries]
-        return *cleaned, *(x.masked_fill(dead_k[:, None, None] & ~x.isfinite(), 0.0) for x in keys)
-    queries, keys = tuple(map(_own_rows, queries)), tuple(map(_own_rows, keys))
-    _clean(queries, keys, layout)
-    return *queries, *keys
+    if layout.tails_unread:
+        yield *map(own_rows, queries), *map(own_rows, keys)
+    elif not _with_triton(keys[0]):
+        yield *(_cleaned(x, layout.cu_seq_q) for x in queries), *(_cleaned(x, layout.cu_seq_k) for x in keys)
+    else:
+        queries, keys = tuple(map(own_rows, queries)), tuple(map(own_rows, keys))
+        put_back = _hide(queries, keys, layout)
+        try:
+            yield *queries, *keys
+        finally:
+            put_back()
 
 
-def _dead(x: Tensor, ends: Tensor, used: Tensor | None) -> Tensor:
-    """(T,) bool: the rows of ``x`` that belong to no sequence, or are unused keys of one."""
-    row = torch.arange(x.shape[0], device=x.device)
-    dead = row >= ends[-1]
-    if used is None:
-        return dead
-    sequence = torch.searchsorted(ends[1:].contiguous(), row, right=True).clamp(max=used.shape[0] - 1)
-    return dead | (row >= ends[sequence] + used[sequence])
-
-
-def _own_rows(x: Tensor) -> Tensor:
-    """``x``, or a copy if rows may share memory, for what is written to one row must not show in another."""
+def own_rows(x: Tensor) -> Tensor:
+    """``x`` (T, H, D), or a copy if rows may share memory, for what is written to one row must not show in another."""
     rows, heads, dim = x.shape
     outer, inner = (x.stride(0), x.stride(1)) if x.stride(0) >= x.stride(1) else (x.stride(1), x.stride(0))
     inner_size = heads if x.stride(0) >= x.stride(1) else rows
@@ -70,21 +72,31 @@ def _own_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _clean(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> None:
+def _cleaned(x: Tensor, ends: Tensor) -> Tensor:
+    behind = torch.arange(x.shape[0], device=x.device) >= ends[-1]
+    return x.masked_fill(behind[:, None, None] & ~x.isfinite(), 0.0)
+
+
+def _hide(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> Callable[[], None]:
+    """Puts zeros where numbers are not finite, and returns what puts the numbers back."""
     first, last = queries[0], queries[-1]
     key, value = keys
-    used = layout.seqused_k
-    sequences = layout.cu_seq_q.shape[0] - 1
-    strides = [stride for x in (first, last, key, value) for stride in (x.stride(0), x.stride(1))]
-    numbers = (first.shape[0], key.shape[0], sequences, *strides)
-    sizes = (first.shape[1], first.shape[2], last.shape[2], key.shape[1], key.shape[2], value.shape[2])
-    pointers = (layout.cu_seq_q, layout.cu_seq_k, layout.cu_seq_k if used is None else used)
     tensors = (first, last, key, value)
-    aligned = tuple(x.data_ptr() % 16 for x in (*tensors, *pointers))
-    count, programs = (1, PROGRAMS) if used is None else (sequences + 1, PROGRAMS_EACH)
-    compiled_for = (first.device, first.dtype, aligned, sizes, used is None, *map(kind, numbers))
-    grid = (count, 2 + len(queries), programs)
-    _launch(grid, compiled_for, *tensors, *pointers, *numbers, *sizes, used is not None, REACH, BLOCK)
+    (rows, heads, dim), (rows_k, heads_k, dim_k) = first.shape, key.shape
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    numbers = (rows, rows_k, layout.cu_seq_q.shape[0] - 1, *strides)
+    sizes = (heads, dim, last.shape[2], heads_k, dim_k, value.shape[2])
+    kept_q = heads * sum(x.shape[2] for x in queries)
+    kept = first.new_empty(min(rows, REACH) * kept_q + min(rows_k, REACH) * heads_k * (dim_k + value.shape[2]))
+    pointers = (*tensors, kept, layout.cu_seq_q, layout.cu_seq_k)
+    compiled_for = (first.device, first.dtype, *(x.data_ptr() % 16 for x in pointers), sizes, *map(kind, numbers))
+    grid = (2 + len(queries), PROGRAMS, 1)
+
+    def launch(putting_back: bool) -> None:
+        _launch(grid, (putting_back, compiled_for), *pointers, *numbers, *sizes, putting_back, REACH, BLOCK)
+
+    launch(False)
+    return lambda: launch(True)
 
 
 def _with_triton(x: Tensor) -> bool:
@@ -94,29 +106,44 @@ def _with_triton(x: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _clean_rows(
-        x, start, stop, row_stride, head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, REACH: tl.constexpr, BLOCK: tl.constexpr
+    def _exchange_rows(
+        x,
+        kept,
+        start,
+        rows,
+        row_stride,
+        head_stride,
+        HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        PUTTING_BACK: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        stop = tl.minimum(stop, start + REACH)
-        for row in range(start + tl.program_id(2), stop, tl.num_programs(2)):
+        stop = tl.minimum(rows, start + REACH)
+        for row in range(start + tl.program_id(1), stop, tl.num_programs(1)):
             for at in range(0, HEADS * DIM, BLOCK):
                 column = at + tl.arange(0, BLOCK)
                 inside = column < HEADS * DIM
                 head = column // DIM
                 place = x + tl.cast(row, tl.int64) * row_stride + head.to(tl.int64) * head_stride + column % DIM
-                number = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-                finite = tl.abs(number) < float("inf")  # false for NaN, too
-                tl.store(place, tl.zeros((BLOCK,), x.dtype.element_ty), mask=inside & (finite == 0))
+                copy = kept + (row - start) * (HEADS * DIM) + column
+                number = tl.load(copy if PUTTING_BACK else place, mask=inside, other=0.0)
+                finite = tl.abs(number.to(tl.float32)) < float("inf")  # false for NaN, too
+                if PUTTING_BACK:
+                    tl.store(place, number, mask=inside & (finite == 0))
+                else:
+                    tl.store(copy, number, mask=inside)
+                    tl.store(place, tl.zeros((BLOCK,), x.dtype.element_ty), mask=inside & (finite == 0))
 
     @triton.jit
-    def _clean_kernel(
+    def _exchange_kernel(
         query,
         grad,
         key,
         value,
+        kept,
         ends_q,
         ends_k,
-        used,
         rows_q,
         rows_k,
         sequences,
@@ -134,28 +161,28 @@ if triton is not None:
         HEADS_K: tl.constexpr,
         DIM_K: tl.constexpr,
         DIM_V: tl.constexpr,
-        USED: tl.constexpr,
+        PUTTING_BACK: tl.constexpr,
         REACH: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        sequence, which = tl.program_id(0), tl.program_id(1)
-        if which < 2:
-            start = tl.load(ends_k + sequences)
-            stop = rows_k
-            if USED:  # noqa: SIM102  (known when compiled: without, `used` is no such thing)
-                if sequence < sequences:
-                    begin = tl.load(ends_k + sequence)
-                    stop = tl.load(ends_k + sequence + 1)
-                    start = tl.minimum(begin + tl.load(used + sequence), stop)
-            if which == 0:
-                _clean_rows(key, start, stop, stride_key_row, stride_key_head, HEADS_K, DIM_K, REACH, BLOCK)
-            else:
-                _clean_rows(value, start, stop, stride_value_row, stride_value_head, HEADS_K, DIM_V, REACH, BLOCK)
-        elif sequence == 0:
-            start = tl.load(ends_q + sequences)
-            if which == 2:
-                _clean_rows(query, start, rows_q, stride_query_row, stride_query_head, HEADS, DIM, REACH, BLOCK)
-            else:
-                _clean_rows(grad, start, rows_q, stride_grad_row, stride_grad_head, HEADS, DIM_GRAD, REACH, BLOCK)
+        which = tl.program_id(0)
+        kept_value = kept + tl.minimum(rows_k, REACH) * (HEADS_K * DIM_K)
+        kept_query = kept_value + tl.minimum(rows_k, REACH) * (HEADS_K * DIM_V)
+        kept_grad = kept_query + tl.minimum(rows_q, REACH) * (HEADS * DIM)
+        end_q, end_k = tl.load(ends_q + sequences), tl.load(ends_k + sequences)
+        if which == 0:
+            _exchange_rows(key, kept, end_k, rows_k, stride_key_row, stride_key_head, HEADS_K, DIM_K, PUTTING_BACK, REACH, BLOCK)
+        elif which == 1:
+            _exchange_rows(
+                value, kept_value, end_k, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, PUTTING_BACK, REACH, BLOCK
+            )
+        elif which == 2:
+            _exchange_rows(
+                query, kept_query, end_q, rows_q, stride_query_row, stride_query_head, HEADS, DIM, PUTTING_BACK, REACH, BLOCK
+            )
+        else:
+            _exchange_rows(
+                grad, kept_grad, end_q, rows_q, stride_grad_row, stride_grad_head, HEADS, DIM_GRAD, PUTTING_BACK, REACH, BLOCK
+            )
 
-    _launch = Launcher(_clean_kernel)
+    _launch = Launcher(_exchange_kernel)
