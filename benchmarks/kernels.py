@@ -3,8 +3,9 @@
     python benchmarks/kernels.py [--write] [--output FOLDER]
 
 Random lengths with about 16k tokens in all, bfloat16, 1024 numbers a token over all heads. Times are of the backend's own call
-(device events, median, caches cold), so of kernels and not of Python. With ``--write`` the rows replace those of this compute
-capability in ``varlen_inductor/ops/backends/measured.json``, which is part of the package.
+(device events, median, caches cold), so of kernels and not of Python; how long the host takes for a call is measured apart.
+With ``--write`` the rows replace those of this compute capability in ``varlen_inductor/ops/backends/measured.json``, which is part
+of the package.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,10 +55,10 @@ def shapes() -> Iterator[Shape]:
             yield Shape(256, length, causal)
 
 
-def operands(shape: Shape) -> tuple[list[Tensor], Layout, Rule]:
+def operands(shape: Shape, tokens: int = TOKENS) -> tuple[list[Tensor], Layout, Rule]:
     """Query, key, value and a gradient of the output, where the sequences lie, and the rule."""
     generator = torch.Generator().manual_seed(shape.length)
-    batch = max(2 * TOKENS // shape.length, 1)
+    batch = max(2 * tokens // shape.length, 1)
     lengths = torch.randint(1, shape.length + 1, (batch,), generator=generator)
     lengths[0] = shape.length
     rows = batch * shape.length if shape.in_place else int(lengths.sum())
@@ -93,6 +96,31 @@ def measure(shape: Shape) -> dict[str, Any]:
     return row
 
 
+def measure_hosts() -> dict[str, dict[str, float]]:
+    """What a call takes the host, in microseconds, by backend and direction: of a problem whose kernels are over at once."""
+    found: dict[str, dict[str, float]] = {}
+    tensors, layout, rule = operands(Shape(64, 128), tokens=512)
+    query, key, value, gradient = tensors
+    problem = Problem.of(query, key, value, layout, rule)
+    for backend in BACKENDS:
+        if backend.name != "math" and backend.supports(problem) is None:
+            forward = partial(backend.forward, query, key, value, layout, rule)
+            backward = partial(backend.backward, gradient, None, *forward(), query, key, value, layout, rule)
+            found[backend.name] = {"forward": host_us(forward), "backward": host_us(backward)}
+    return found
+
+
+def host_us(function: Callable[[], Any], calls: int = 200) -> float:
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        times.append((time.perf_counter() - start) / calls)
+    return round(statistics.median(times) * 1e6, 1)
+
+
 def show(row: dict[str, Any]) -> str:
     flags = " ".join(name for name in ("causal", "dropout", "in_place") if row[name])
     times = [f"{name} {row['forward_us'][name]:.0f}/{row['backward_us'].get(name, math.nan):.0f}" for name in row["forward_us"]]
@@ -111,12 +139,14 @@ def main() -> None:
     for shape in shapes():
         rows.append(measure(shape))
         print(show(rows[-1]), flush=True)
-    print("wrote", save("kernels-cuda", "cuda", rows, options.output))
+    hosts = measure_hosts()
+    print("us of the host:", ", ".join(f"{name} {us['forward']:.0f}/{us['backward']:.0f}" for name, us in hosts.items()))
+    print("wrote", save("kernels-cuda", "cuda", {"rows": rows, "host_us": hosts}, options.output))
     if options.write:
         table = json.loads(TABLE.read_text())
         major, minor = torch.cuda.get_device_capability()
         kept = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
-        table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "rows": kept}
+        table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "host_us": hosts, "rows": kept}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
         print("wrote", TABLE.name)
 

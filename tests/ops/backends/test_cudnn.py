@@ -343,10 +343,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         "its head dim is at most 256, not 264": {"head_dim_v": 264},
         "its head dims are multiples of 8, and these are 64 and 60": {"head_dim_v": 60},
         "a window that speaks of positions is unknown to it": {"window_right": 0, "positions": True},
-        "softcap is unknown to it": {"softcap": 30.0},
-        "it does not read keys in pages": {"paged": True, "page_size": 16},
+        "it has no softcap here": {"softcap": 30.0},
+        "it does not read keys in pages here": {"paged": True, "page_size": 16},
         "its deterministic backward needs memory that grows with the square of the length": {"deterministic": True},
-        "which of its kernels runs depends on the number of sequences": {"batch_invariant": True},
+        "it was not tested for results that do not depend on the batch": {"batch_invariant": True},
         "it drops no weights inside of a window": {"window_right": 0, "dropout_p": 0.1},
         "it cannot drop everything": {"dropout_p": 1.0},
     }.items():

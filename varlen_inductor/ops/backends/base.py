@@ -41,3 +41,14 @@ class Backend:
     """As ``forward``, into a tensor that is there; ``None`` if the backend cannot."""
     reads_lengths: bool = False
     """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""
+
+
+def unknown_option(problem: Problem) -> str | None:
+    """The reason of a backend that has, or was tested with, none of the newer options; ``None`` if the problem has none."""
+    if problem.softcap > 0.0:
+        return "it has no softcap here"
+    if problem.paged:
+        return "it does not read keys in pages here"
+    if problem.batch_invariant:
+        return "it was not tested for results that do not depend on the batch"
+    return None

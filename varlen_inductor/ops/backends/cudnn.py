@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -37,19 +37,9 @@ def supports(problem: Problem) -> str | None:
         return f"its head dim is at most {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if problem.head_dim % 8 or problem.head_dim_v % 8:
         return f"its head dims are multiples of 8, and these are {problem.head_dim} and {problem.head_dim_v}"
-    return _unknown_window(problem) or _unknown_option(problem)
-
-
-def _unknown_option(problem: Problem) -> str | None:
-    if problem.softcap > 0.0:
-        return "softcap is unknown to it"
-    if problem.paged:
-        return "it does not read keys in pages"
     if problem.deterministic:
         return "its deterministic backward needs memory that grows with the square of the length"
-    if problem.batch_invariant:
-        return "which of its kernels runs depends on the number of sequences"
-    return None
+    return _unknown_window(problem) or unknown_option(problem)
 
 
 def _unknown_window(problem: Problem) -> str | None:

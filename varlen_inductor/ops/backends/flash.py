@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import (
     MAX_HEAD_DIM,
     MAX_SEQUENCES,
@@ -147,7 +147,7 @@ def supports(package: Package, problem: Problem) -> str | None:
         return "it cannot drop everything"
     if problem.dropout_p > 0.0 and dim > 192 and torch.cuda.get_device_capability(problem.device) not in ((8, 0), (9, 0)):
         return "with dropout its backward has head dims over 192 on A100 and H100 only"
-    return None
+    return unknown_option(problem)
 
 
 @cache

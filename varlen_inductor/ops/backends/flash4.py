@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, narrowed, positive_scale, ready
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
@@ -90,7 +90,7 @@ def supports(problem: Problem) -> str | None:
         return "a window that speaks of positions is unknown to it"
     if problem.dropout_p > 0.0:
         return "it has no dropout"
-    return None
+    return unknown_option(problem)
 
 
 @cache

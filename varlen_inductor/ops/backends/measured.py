@@ -1,8 +1,9 @@
 """Which kernel is the fastest: times of all of them, measured once on each generation of devices, kept as data.
 
 ``measured.json`` is written by ``benchmarks/kernels.py``. For each compute capability it has rows of times, forward and backward,
-of every backend that could run a shape; a problem is answered by the row most like it. Whatever was not measured comes after what
-was, in the order of the list of backends.
+of every backend that could run a shape; a problem is answered by the row most like it. To the time of the kernel a part of the
+time is added that its call takes the host, which small models are bound by. Whatever was not measured comes after what was, in the
+order of the list of backends.
 """
 
 from __future__ import annotations
@@ -24,29 +25,33 @@ UNKNOWN_LENGTH = 512
 """What a bound of the lengths is taken for when it is a symbol."""
 
 
+HOST_SHARE = 0.25
+"""How much of the host's time counts. All of it would where the host is the slower one, none of it in a CUDA graph."""
+
+
 @cache
-def rows_for(capability: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-    """The rows measured on devices of this compute capability."""
-    tables = json.loads(TABLE.read_text())["devices"]
-    found = tables.get(f"{capability[0]}.{capability[1]}", {})
-    return tuple(found.get("rows", ()))
+def table_for(capability: tuple[int, int]) -> dict[str, Any]:
+    """What was measured on devices of this compute capability: ``rows``, and ``host_us`` by backend and direction."""
+    devices = json.loads(TABLE.read_text())["devices"]
+    return devices.get(f"{capability[0]}.{capability[1]}", {"rows": [], "host_us": {}})  # type: ignore[no-any-return]
 
 
 def by_time(problem: Problem, backward: bool, backends: Sequence[Backend]) -> tuple[Backend, ...] | None:
     """The backends, the one with the shortest time first; None if nothing like the problem was measured."""
-    row = _row(problem)
-    if row is None:
-        return None
-    times = _times(row, problem.dropout_p > 0.0, backward)
-    return tuple(sorted(backends, key=lambda backend: times.get(backend.name, math.inf)))
-
-
-def _row(problem: Problem) -> dict[str, Any] | None:
     if problem.device.type != "cuda" or torch.version.hip is not None or problem.dtype not in (torch.float16, torch.bfloat16):
         return None
-    rows = rows_for(torch.cuda.get_device_capability(problem.device))
-    causal = problem.window_right == 0
-    asked = (causal, problem.dropout_p > 0.0, problem.seqused_k)
+    table = table_for(torch.cuda.get_device_capability(problem.device))
+    row = _most_like(problem, table["rows"])
+    if row is None:
+        return None
+    # Each kernel drops weights in its own way, so the backward must be the forward's: what counts is both together.
+    directions = ("forward", "backward") if problem.dropout_p > 0.0 else ("backward",) if backward else ("forward",)
+    times = {b.name: sum(_time(b.name, direction, row, table) for direction in directions) for b in backends}
+    return tuple(sorted(backends, key=lambda backend: times[backend.name]))
+
+
+def _most_like(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    asked = (problem.window_right == 0, problem.dropout_p > 0.0, problem.seqused_k)
     alike = [row for row in rows if (row["causal"], row["dropout"], row["in_place"]) == asked]
     if not alike:
         return None
@@ -56,9 +61,7 @@ def _row(problem: Problem) -> dict[str, Any] | None:
     return min(alike, key=lambda row: (row["head_dim"] < dim, abs(row["head_dim"] - dim), abs(math.log2(row["length"] / length))))
 
 
-def _times(row: dict[str, Any], dropout: bool, backward: bool) -> dict[str, float]:
-    if not dropout:
-        return row["backward_us"] if backward else row["forward_us"]  # type: ignore[no-any-return]
-    # Each kernel draws in its own way, so the backward must be the forward's: what counts is both together.
-    both = row["forward_us"].keys() & row["backward_us"].keys()
-    return {name: row["forward_us"][name] + row["backward_us"][name] for name in both}
+def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any]) -> float:
+    host: float = table["host_us"].get(name, {}).get(direction, 0.0)
+    kernel: float = row[f"{direction}_us"].get(name, math.inf)
+    return kernel + HOST_SHARE * host
