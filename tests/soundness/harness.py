@@ -215,14 +215,20 @@ def quick(**knobs: Any) -> Iterator[None]:
 
 @contextmanager
 def poisoned_tails() -> Iterator[None]:
-    """Rows behind the last sequence, which kernels on a GPU leave as they find them, hold NaN."""
+    """Rows behind the last sequence, which kernels on a GPU leave as they find them, hold NaN in results, and not in operands."""
     forward, backward = attention.run_forward, attention.run_backward
+
+    def check(*rows: Tensor, after: Tensor) -> None:
+        assert all(x[int(after[-1]) :].isfinite().all() for x in rows), "some kernels read behind the last sequence"
 
     def spoil(*rows: Tensor, after: Tensor, dim: int = 0) -> None:
         for x in rows:
             x.narrow(dim, int(after[-1]), x.shape[dim] - int(after[-1])).fill_(math.nan)
 
     def run_forward(query: Tensor, key: Tensor, value: Tensor, layout: Any, *args: Any) -> Any:
+        if layout.tails_unread:
+            check(query, after=layout.cu_seq_q)
+            check(key, value, after=layout.cu_seq_k)
         out, lse, rng_state = forward(query, key, value, layout, *args)
         if layout.tails_unread:
             spoil(out, after=layout.cu_seq_q)
@@ -230,8 +236,11 @@ def poisoned_tails() -> Iterator[None]:
         return out, lse, rng_state
 
     def run_backward(*args: Any) -> Any:
-        gradients = backward(*args)
         layout = args[8]
+        if layout.tails_unread:
+            check(args[0], args[5], after=layout.cu_seq_q)
+            check(*args[6:8], after=layout.cu_seq_k)
+        gradients = backward(*args)
         if layout.tails_unread:
             spoil(gradients[0], after=layout.cu_seq_q)
             spoil(*gradients[1:], after=layout.cu_seq_k)

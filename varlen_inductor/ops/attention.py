@@ -22,13 +22,14 @@ Schema of ``varlen_attn``::
     batch_invariant      a sequence's result is the same bit by bit whatever the others of its batch are
     kernels              as ``varlen_inductor.config.kernels``, which is meant by None
     tails_unread         the caller reads no row behind the last sequence, neither of the results nor of the gradients, and no
-                         lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved)
+                         lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved); and in
+                         the operands and the gradient of out they hold finite numbers, for then they may be read
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), natural logarithm, float64 for float64 operands and float32 else;
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0
 
-Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. Rows outside
-of every sequence are never read.
+Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
+outside of every sequence hold shows nowhere, but for ``tails_unread``.
 """
 
 from __future__ import annotations
