@@ -333,7 +333,8 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_choice() -> None:
     problem = Problem(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64)
-    assert choose(problem).backend.name == "aten_flash"
+    assert choose(problem).backend.name != "math"
+    assert choose(problem, "-triton,-cudnn,-flash4,-flash3,-flash2").backend.name == "aten_flash"
     assert "position" in choose(problem._replace(positions=True, window_right=0)).refused["aten_flash"]
     assert "float32" in choose(problem._replace(dtype=torch.float32)).refused["aten_flash"]
     assert "256" in choose(problem._replace(head_dim=264)).refused["aten_flash"]
