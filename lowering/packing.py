@@ -54,3 +54,5 @@ def register() -> None:
             _ops.row_offsets.default: _row_offsets,
         }
     )
+    for op in (_ops.plan_static.default, _ops.row_offsets.default):
+        _compat.lower_to_operator(op)

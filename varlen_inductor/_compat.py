@@ -720,6 +720,17 @@ def fix_symbol(value: Any) -> Any:
     return None
 
 
+def lower_to_operator(op: Any) -> None:
+    """Let Inductor call the operator itself wherever its decomposition declines.
+
+    ``make_fallback`` does not allow both unless it is told to. Read in 2.11, 2.13.
+    """
+    from torch._inductor import lowering
+
+    if op not in lowering.lowerings:
+        lowering.make_fallback(op, warn=False, override_decomp=True)
+
+
 def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -> None:
     """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
 
