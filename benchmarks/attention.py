@@ -2,16 +2,19 @@
 
     python benchmarks/attention.py [--device cuda|cpu] [--output FOLDER]
 
-For each configuration: the padded masked SDPA that PyTorch picks, PyTorch's own `varlen_attn` on packed tokens (CUDA), ours, and
-the padded SDPA compiled with our flag (attention-only form, pack and unpack included). TFLOP/s count useful work only:
+For each configuration: the padded masked SDPA that PyTorch picks, PyTorch's own `varlen_attn` on packed tokens (CUDA), ours, ours
+with each kernel that there is, flash-attn-4's own function where it is installed, and the padded SDPA compiled with our flag
+(attention-only form, pack and unpack included). TFLOP/s count useful work only:
 4 · H · D · Σ len², halved when causal, times 3.5 for forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import torch.nn.functional as F
 from common import median_ms, save
 
 import varlen_inductor
+from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
             valid = valid & (position[None] <= position[:, None])
         return attend(qkv, valid)
 
+    def with_kernel(name: str) -> Any:
+        with varlen_inductor.config.patch(kernels=name):
+            return ours(*packed)
+
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return varlen_inductor.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window)
 
@@ -94,7 +103,26 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
             lambda: varlen_attn(*packed, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window),
             packed,
         )
+        for name in kernels_for(packed[0], config):
+            found[f"ours, {name}"] = (partial(with_kernel, name), packed)
+        if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+            from flash_attn.cute import flash_attn_varlen_func
+
+            options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "causal": config.causal}
+            options |= {"max_seqlen_q": config.length, "max_seqlen_k": config.length}
+            found["flash-attn-4 itself"] = (lambda: first(flash_attn_varlen_func(*packed, **options)), packed)
     return found
+
+
+def first(results: Any) -> torch.Tensor:
+    return results[0] if isinstance(results, tuple) else results
+
+
+def kernels_for(query: torch.Tensor, config: Config) -> list[str]:
+    """The CUDA backends that can run the configuration."""
+    heads, dim = config.heads, config.head_dim
+    problem = Problem(query.device, query.dtype, heads, heads, dim, dim, window_right=0 if config.causal else -1, length=config.length)
+    return [backend.name for backend in BACKENDS if backend.name not in ("cpu", "math") and backend.supports(problem) is None]
 
 
 def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -103,13 +131,13 @@ def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
     rows = []
     for name, (function, inputs) in variants(config, device, dtype).items():
         with torch.no_grad():
-            forward = median_ms(function, device)
+            forward = median_ms(function, device, device_ms=(50, 200))
         gradient = torch.randn_like(function())
 
         def both(function: Any = function, inputs: Any = inputs, gradient: Any = gradient) -> None:
             torch.autograd.grad(function(), inputs, gradient)
 
-        backward = median_ms(both, device)
+        backward = median_ms(both, device, device_ms=(50, 200))
         rows.append(
             {
                 "config": config.name,
@@ -149,8 +177,9 @@ def main() -> None:
     for config in CUDA_CONFIGS if options.device == "cuda" else CPU_CONFIGS:
         torch._dynamo.reset()
         rows += run(config, options.device, dtype)
+        saved = save(f"attention-{options.device}", options.device, rows, options.output)
     show(rows)
-    print("wrote", save(f"attention-{options.device}", options.device, rows, options.output))
+    print("wrote", saved)
 
 
 if __name__ == "__main__":

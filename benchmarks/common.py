@@ -51,12 +51,18 @@ def _command() -> str:
     return " ".join(words)
 
 
-def median_ms(function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5) -> float:
-    """Median time of one call in milliseconds: device events on CUDA (``do_bench``), the wall clock on the CPU."""
+def median_ms(
+    function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5, device_ms: tuple[int, int] = (100, 400)
+) -> float:
+    """Median time of one call in milliseconds: device events on CUDA (``do_bench``), the wall clock on the CPU.
+
+    Args:
+        device_ms: for how long to warm up and to measure on CUDA.
+    """
     if device == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(function, warmup=100, rep=400, return_mode="median"))
+        return float(do_bench(function, warmup=device_ms[0], rep=device_ms[1], return_mode="median"))
     for _ in range(warmup):
         function()
     times = []

@@ -272,11 +272,14 @@ def main() -> None:
     for mode in options.mode:
         for config in CONFIGS[options.device]:
             if options.config is None or config.name in options.config:
-                rows += run(config, options.device, dtype, mode, repeat)
-                show(rows[-8:] if len(rows) > 8 else rows)
+                found = run(config, options.device, dtype, mode, repeat)
+                show(found)
+                rows += found
+                # So far, for long runs that are cut off.
+                saved = save(f"model-{options.device}", options.device, rows, options.output)
     print()
     show(rows)
-    print("wrote", save(f"model-{options.device}", options.device, rows, options.output))
+    print("wrote", saved)
 
 
 if __name__ == "__main__":
