@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ CUDA_CONFIGS = (
     Config("d128c", 8, 4096, 16, 128, causal=True),
     Config("bert", 64, 512, 12, 64),
 )
+OURS_WITH = "ours, "
+"""What the name of a variant begins with that goes on with the kernel to be used."""
 CPU_CONFIGS = (Config("bert", 8, 256, 12, 64), Config("bert causal", 8, 256, 12, 64, causal=True))
 
 
@@ -81,10 +82,6 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
             valid = valid & (position[None] <= position[:, None])
         return attend(qkv, valid)
 
-    def with_kernel(name: str) -> Any:
-        with varlen_inductor.config.patch(kernels=name):
-            return ours(*packed)
-
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return varlen_inductor.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, config.length, config.length, window_size=window)
 
@@ -104,7 +101,7 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
             packed,
         )
         for name in kernels_for(packed[0], config):
-            found[f"ours, {name}"] = (partial(with_kernel, name), packed)
+            found[OURS_WITH + name] = (lambda: ours(*packed), packed)
         if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
             from flash_attn.cute import flash_attn_varlen_func
 
@@ -121,8 +118,17 @@ def first(results: Any) -> torch.Tensor:
 def kernels_for(query: torch.Tensor, config: Config) -> list[str]:
     """The CUDA backends that can run the configuration."""
     heads, dim = config.heads, config.head_dim
-    problem = Problem(query.device, query.dtype, heads, heads, dim, dim, window_right=0 if config.causal else -1, length=config.length)
+    right = 0 if config.causal else -1
+    problem = Problem(query.device, query.dtype, heads, heads, dim, dim, window_right=right, length=config.length)
     return [backend.name for backend in BACKENDS if backend.name not in ("cpu", "math") and backend.supports(problem) is None]
+
+
+def times(function: Callable[..., Any], inputs: list[torch.Tensor], device: str) -> tuple[float, float]:
+    """Milliseconds of the forward, and of forward and backward."""
+    with torch.no_grad():
+        forward = median_ms(function, device, device_ms=(50, 200))
+    gradient = torch.randn_like(function())
+    return forward, median_ms(lambda: torch.autograd.grad(function(), inputs, gradient), device, device_ms=(50, 200))
 
 
 def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -130,14 +136,8 @@ def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
     flops = 4 * config.heads * config.head_dim * float((lengths.double() ** 2).sum()) * (0.5 if config.causal else 1.0)
     rows = []
     for name, (function, inputs) in variants(config, device, dtype).items():
-        with torch.no_grad():
-            forward = median_ms(function, device, device_ms=(50, 200))
-        gradient = torch.randn_like(function())
-
-        def both(function: Any = function, inputs: Any = inputs, gradient: Any = gradient) -> None:
-            torch.autograd.grad(function(), inputs, gradient)
-
-        backward = median_ms(both, device, device_ms=(50, 200))
+        with varlen_inductor.config.patch(kernels=name.removeprefix(OURS_WITH) if name.startswith(OURS_WITH) else "auto"):
+            forward, backward = times(function, inputs, device)
         rows.append(
             {
                 "config": config.name,
