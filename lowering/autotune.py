@@ -61,8 +61,8 @@ def ranking(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         query, key, value, layout: fakes, as a graph is traced with.
         kernels: as ``config.kernels``.
     """
-    if not _compat.inductor_setting("max_autotune"):
-        return None
+    if not _compat.inductor_setting("max_autotune") or layout.block_table is not None:
+        return None  # keys in pages are for decoding, whose lengths nothing here tells
     problem = Problem.of(query, key, value, layout, rule)
     candidates = _candidates(problem, kernels, backward)
     if len(candidates) < 2:

@@ -31,12 +31,19 @@ class Launcher:
             args: every argument of the kernel in its order, constants among them; a tensor comes first, and tells the device.
             options: Triton's own, as ``num_warps``.
         """
-        with torch.cuda.device_of(args[0]):
-            compiled = self.compiled.get(key)
-            if compiled is not None:
-                compiled[grid](*args)
-                return
-            compiled = self.kernel[grid](*args, **options)
+        device = args[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():  # to look costs less than to switch
+            with torch.cuda.device(device):
+                self._launch(grid, key, args, options)
+        else:
+            self._launch(grid, key, args, options)
+
+    def _launch(self, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*args)
+            return
+        compiled = self.kernel[grid](*args, **options)
         if compiled is not None:  # it is None where Triton interprets
             if len(self.compiled) >= _MOST_KERNELS:
                 self.compiled.clear()
