@@ -132,20 +132,25 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device: the table is for the choice between CUDA kernels")
     torch.manual_seed(0)
-    rows = []
+    hosts = measure_hosts()
+    print("us of the host:", ", ".join(f"{name} {us['forward']:.0f}/{us['backward']:.0f}" for name, us in hosts.items()))
+    rows: list[dict[str, Any]] = []
     for shape in shapes():
         rows.append(measure(shape))
         print(show(rows[-1]), flush=True)
-    hosts = measure_hosts()
-    print("us of the host:", ", ".join(f"{name} {us['forward']:.0f}/{us['backward']:.0f}" for name, us in hosts.items()))
-    print("wrote", save("kernels-cuda", "cuda", {"rows": rows, "host_us": hosts}, options.output))
-    if options.write:
-        table = json.loads(TABLE.read_text())
-        major, minor = torch.cuda.get_device_capability()
-        kept = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
-        table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "host_us": hosts, "rows": kept}
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-        print("wrote", TABLE.name)
+        saved = save("kernels-cuda", "cuda", {"rows": rows, "host_us": hosts}, options.output)
+        if options.write:
+            write(rows, hosts)
+    print("wrote", saved)
+
+
+def write(rows: list[dict[str, Any]], hosts: dict[str, dict[str, float]]) -> None:
+    """Make the rows those of this compute capability in the package's table."""
+    table = json.loads(TABLE.read_text())
+    major, minor = torch.cuda.get_device_capability()
+    kept = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
+    table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "host_us": hosts, "rows": kept}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
