@@ -180,10 +180,12 @@ def watched_runs() -> Iterator[dict[str, int]]:
 class Direct:
     """In the place of the inner compiler: graphs run as they are."""
 
+    records_cuda_graphs = False
+
     def compile(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return gm
 
-    def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+    def nested(self, fn: Callable[..., Any], *, dynamic: bool | None = None, packed: bool = False) -> Callable[..., Any]:
         return Plain(fn)
 
 
