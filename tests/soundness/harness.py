@@ -180,6 +180,7 @@ def watched_runs() -> Iterator[dict[str, int]]:
 class Direct:
     """In the place of the inner compiler: graphs run as they are."""
 
+    options: Mapping[str, Any] = {}
     records_cuda_graphs = False
 
     def compile(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
