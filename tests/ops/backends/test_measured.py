@@ -64,7 +64,7 @@ def test_what_was_not_measured_comes_last_in_its_order() -> None:
     assert order(backward=True)[0] == "aten_flash"
 
 
-def test_the_host_counts_for_a_part(table: dict[str, Any]) -> None:
+def test_the_host_counts(table: dict[str, Any]) -> None:
     table["host_us"] = {"aten_flash": {"forward": 100.0, "backward": 0.0}, "triton": {"forward": 0.0, "backward": 0.0}}
     assert order()[0] == "triton"
 

@@ -1,9 +1,9 @@
 """Which kernel is the fastest: times of all of them, measured once on each generation of devices, kept as data.
 
 ``measured.json`` is written by ``benchmarks/kernels.py``. For each compute capability it has rows of times, forward and backward,
-of every backend that could run a shape; a problem is answered by the row most like it. To the time of the kernel a part of the
-time is added that its call takes the host, which small models are bound by. Whatever was not measured comes after what was, in the
-order of the list of backends.
+of every backend that could run a shape; a problem is answered by the row most like it. What counts is the time of the kernel and
+the time that its call takes the host, added up: packed steps of short sequences are bound by the host, and with long ones the
+kernel is so much the larger that nothing changes. Whatever was not measured comes after what was, in the order of the list.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ from varlen_inductor.ops.problem import Problem
 TABLE = Path(__file__).with_name("measured.json")
 UNKNOWN_LENGTH = 512
 """What a bound of the lengths is taken for when it is a symbol."""
-
-
-HOST_SHARE = 0.25
-"""How much of the host's time counts. All of it would where the host is the slower one, none of it in a CUDA graph."""
 
 
 @cache
@@ -64,4 +60,4 @@ def _most_like(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, An
 def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any]) -> float:
     host: float = table["host_us"].get(name, {}).get(direction, 0.0)
     kernel: float = row[f"{direction}_us"].get(name, math.inf)
-    return kernel + HOST_SHARE * host
+    return kernel + host
