@@ -132,6 +132,20 @@ def test_a_site_reads_pages_by_a_kernel_that_cannot() -> None:
     assert torch.equal(out, attention.varlen_attn(*operands, **case.options)[0])
 
 
+@pytest.mark.parametrize("packing", ["model", "attention", "pass"])
+def test_the_kernels_of_the_options_run(packing: str) -> None:
+    if packing == "pass":
+        options = {"pre_grad_custom_pass": varlen_inductor.VarlenPass(kernels="math")}
+        compiled = torch.compile(MaskedAttention(), options=options)
+    else:
+        options = {"varlen.kernels": "math", "varlen.packing": packing, "varlen.round_tokens": 4}
+        compiled = torch.compile(MaskedAttention(), backend="varlen_inductor", options=options)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(compiled, *padded_batch())
+    assert sites(code)
+    assert all("kernels='math'" in site for site in sites(code))
+
+
 def test_code_says_what_its_sites_know() -> None:
     """Code from the caches is loaded once by what it says, and its number differs from process to process only."""
     case = make_case((5, 11), heads=(3, 3))
