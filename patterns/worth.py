@@ -21,9 +21,10 @@ from .site import attention_of
 HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
 LEAST_WORK = 1.2e10
 """Multiply-adds of a padded linear, in the mean, from which on packing pays on a GPU: between the largest batch that lost and the
-smallest that gained by it in benchmarks/when_to_pack.py on one H100 (B 32, S 128 and B 32, S 512, width 768)."""
+smallest that gained by it on one H100 with width 768 (B 32, S 128 in benchmarks/when_to_pack.py; B 32, S 512 in
+benchmarks/model.py)."""
 WITH_CUDA_GRAPHS = 0.25
-"""So much less where nothing is launched one by one."""
+"""So much less where nothing is launched one by one. A guess: nothing was measured."""
 
 _WEIGHTS = {aten.linear: "weight", aten.addmm: "mat2", aten.mm: "mat2", aten.matmul: "other"}
 """What is called the weight. (Of the other operands one may have two dims as well: rows of tokens.)"""
