@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def _command() -> str:
     if "--output" in words:
         at = words.index("--output")
         words[at : at + 2] = []
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def median_ms(

@@ -45,6 +45,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: R
     padded_q = query[rows_q].to(dtype).permute(0, 2, 1, 3)
     padded_k, padded_v = (x[rows_k].repeat_interleave(groups, 2).to(dtype).permute(0, 2, 1, 3) for x in (key, value))
     visible = _visible(layout, rule, rows_q, rows_k)[:, None]
+    # A weight of zero does not do: rows that are not the sequence's may hold NaN.
+    padded_v = padded_v.masked_fill(~_in_use(layout, rows_k)[:, None, :, None], 0.0)
     scores = padded_q @ padded_k.mT * rule.scale
     if rule.softcap > 0.0:
         scores = rule.softcap * (scores / rule.softcap).tanh()
@@ -61,13 +63,19 @@ def _rows(cu_seq: Tensor, longest: int, x: Tensor) -> Tensor:
     return (cu_seq[:-1, None] + within).clamp(max=x.shape[0] - 1).to(torch.int64)
 
 
+def _in_use(layout: Layout, rows_k: Tensor) -> Tensor:
+    """(N, max_k): which keys a sequence has, and uses."""
+    used = layout.cu_seq_k.diff() if layout.seqused_k is None else layout.seqused_k
+    return torch.arange(rows_k.shape[1], device=rows_k.device) < used[:, None]
+
+
 def _visible(layout: Layout, rule: Rule, rows_q: Tensor, rows_k: Tensor) -> Tensor:
     """(N, max_q, max_k): which queries see which keys."""
     lengths_q, lengths_k = layout.cu_seq_q.diff(), layout.cu_seq_k.diff()
     used = lengths_k if layout.seqused_k is None else layout.seqused_k
     number_q = torch.arange(rows_q.shape[1], device=rows_q.device)
     number_k = torch.arange(rows_k.shape[1], device=rows_k.device)
-    visible = (number_q < lengths_q[:, None])[:, :, None] & (number_k < used[:, None])[:, None, :]
+    visible = (number_q < lengths_q[:, None])[:, :, None] & _in_use(layout, rows_k)[:, None, :]
     if layout.position_q is None or layout.position_k is None:
         at_q, at_k = number_q + (used - lengths_q)[:, None], number_k[None]
     else:

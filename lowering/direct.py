@@ -65,7 +65,8 @@ class _Known:
         layout, self.rule, kernels = split_arguments(operands[0], *args, **{**call.options, **tensors})
         self.kernels = kernels or default_kernels()
         self.problem = Problem.of(*operands, layout, self.rule)
-        self.backend = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward)).backend
+        choice = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward))
+        self.backend, self.gathers = choice.backend, choice.gathers
         named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
         self.rest = tuple(None if name in tensors else value for name, value in named.items())
         self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
@@ -98,7 +99,7 @@ def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
-        if not (failed(known.problem, False) or debug()):
+        if not (known.gathers or failed(known.problem, False) or debug()):
             try:
                 return known.backend.forward(query, key, value, known.layout(args, tensors), known.rule)
             except Exception as error:

@@ -26,13 +26,15 @@ ALIGNMENT = 8
 MIN_OUTPUTS = 1024
 """Below this a product is too small for its alignment to be worth the copy of the weight."""
 
-# What may read a tensor with gaps between its rows: operators that make no view of it, and `reshape`, which copies if it must.
+# What may read a tensor with gaps between its rows: operators that make no view of it, and those that copy if they must.
 _READERS = frozenset(
     {
         aten.cross_entropy_loss, aten.log_softmax, aten.softmax, aten.reshape, aten.to, aten._to_copy, aten.argmax, aten.logsumexp,
         aten.gelu, aten.mul, aten.div, aten.add, aten.tanh, aten.sigmoid, varlen.pack, varlen.unpack,
     }
 )  # fmt: skip
+_MAY_BE_VIEWS = frozenset({aten.reshape, aten.to})
+"""Those of them whose result may be the same memory, gaps and all."""
 
 
 def align_wide_linears(gm: fx.GraphModule) -> int:
@@ -57,7 +59,12 @@ def _gains(node: fx.Node) -> bool:
     outputs = weight.shape[0]
     if not half or not isinstance(outputs, int) or outputs < MIN_OUTPUTS or outputs % ALIGNMENT == 0:
         return False
-    return all(overload_packet(user) in _READERS for user in node.users)
+    return all(_may_read_gaps(user) for user in node.users)
+
+
+def _may_read_gaps(node: fx.Node) -> bool:
+    packet = overload_packet(node)
+    return packet in _READERS and (packet not in _MAY_BE_VIEWS or all(_may_read_gaps(user) for user in node.users))
 
 
 def _align(node: fx.Node) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from .nodes import aten, calls, tensor
+from .nodes import arguments, aten, overload_packet, tensor
 from .oprules import op_name
 from .regions import Choice
 from .site import attention_of
@@ -21,9 +21,13 @@ from .site import attention_of
 HEAVY = frozenset({"linear", "matmul", "mm", "bmm", "einsum"})
 LEAST_WORK = 1.2e10
 """Multiply-adds of a padded linear, in the mean, from which on packing pays on a GPU: between the largest batch that lost and the
-smallest that gained by it in benchmarks/when_to_pack.py on one H100 (B 32, S 128 and B 32, S 512, width 768)."""
+smallest that gained by it on one H100 with width 768 (B 32, S 128 in benchmarks/when_to_pack.py; B 32, S 512 in
+benchmarks/model.py)."""
 WITH_CUDA_GRAPHS = 0.25
-"""So much less where nothing is launched one by one."""
+"""So much less where nothing is launched one by one. A guess: nothing was measured."""
+
+_WEIGHTS = {aten.linear: "weight", aten.addmm: "mat2", aten.mm: "mat2", aten.matmul: "other"}
+"""What is called the weight. (Of the other operands one may have two dims as well: rows of tokens.)"""
 
 
 def worth_packing(choice: Choice) -> bool:
@@ -50,11 +54,11 @@ def _packed(choice: Choice) -> Iterable[fx.Node]:
 
 def _outputs_times_inputs(node: fx.Node) -> int | None:
     """The size of the weight of a linear on a GPU."""
-    if not calls(node, aten.linear, aten.addmm, aten.mm, aten.matmul):
+    name = _WEIGHTS.get(overload_packet(node))
+    weight = None if name is None else tensor(arguments(node)[name])
+    if weight is None or weight.dim() != 2 or weight.device.type != "cuda" or not _known(weight):
         return None
-    found = [tensor(x) for x in node.all_input_nodes]
-    weights = [x for x in found if x is not None and x.dim() == 2 and x.device.type == "cuda" and _known(x)]
-    return max((x.numel() for x in weights), default=None)
+    return weight.numel()
 
 
 def _known(x: torch.Tensor) -> bool:

@@ -457,7 +457,7 @@ def goes_straight(*tensors: torch.Tensor) -> bool:
     """Whether an operator called on these would go straight to autograd, or to the kernel if no gradient is asked for.
 
     No mode, transform, tracer, autocast or profiler is active, autograd is not switched off underneath (as within an operator), and
-    the tensors are what they seem: no subclass, no pending negation. Read in 2.11, 2.13.
+    the tensors are what they seem: no subclass, no pending negation, not on the meta device. Read in 2.11, 2.13.
     """
     return (
         (
@@ -467,7 +467,7 @@ def goes_straight(*tensors: torch.Tensor) -> bool:
         in _PLAIN_DISPATCH
         and torch._C._len_torch_function_stack() == 0
         and not torch.autograd._profiler_enabled()
-        and all(type(x) in _PLAIN_TYPES and not x.is_neg() for x in tensors)
+        and all(type(x) in _PLAIN_TYPES and not x.is_neg() and not x.is_meta for x in tensors)
     )
 
 
@@ -762,7 +762,8 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
                     self.python_kernel_name = f"{alias}_{number}"
                     given = "".join(f", {name}={value!r}" for name, value in options.items())
                     outermost.add_import_once(f"from {module} import site as varlen_site")
-                    outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})")
+                    made_for = self._site_is_made_for(first_operand)
+                    outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})  # {made_for}")
             super().codegen(wrapper)
 
         def _site_options(self) -> dict[str, Any] | None:
@@ -778,6 +779,12 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
                 return None
             given = {name: value for name, value in kwargs.items() if value is not None and not isinstance(value, ir.IRNode)}
             return given if all(isinstance(value, (bool, int, float, str)) for value in given.values()) else None
+
+        def _site_is_made_for(self, first_operand: int) -> str:
+            """What a site knows and the rest of the code need not say: equal code is loaded once, and would share its sites."""
+            query = self.unflatten_args(self.inputs, self.constant_args)[0][first_operand]
+            settings = "deterministic" if torch.are_deterministic_algorithms_enabled() else "not deterministic"
+            return f"{query.get_device()}, {query.get_dtype()}, {settings}"
 
         def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
             if str(self.python_kernel_name).startswith(f"{alias}_"):

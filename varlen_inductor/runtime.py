@@ -155,8 +155,7 @@ def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
 def _with_bounded_rows(body: fx.GraphModule, domains: int) -> Callable[..., Any]:
     """The body as a function which says of its packed rows that 32 bits count them.
 
-    Inductor counts in 64 bits what it knows no bound of, and a sum over the rows then takes twice as long on a GPU
-    (bias gradients: benchmarks/row_sums.py).
+    Inductor counts in 64 bits what it knows no bound of, which makes sums over the rows (bias gradients) slower on a GPU.
     """
 
     def graph(*args: Any) -> Any:

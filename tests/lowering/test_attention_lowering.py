@@ -15,6 +15,7 @@ import varlen_inductor
 import varlen_inductor.lowering
 from attention_cases import assert_close, make_case, reference
 from helpers import MaskedAttention, padded_batch
+from paged_cases import in_pages
 from varlen_inductor.lowering import direct
 from varlen_inductor.ops import attention, backends
 from varlen_inductor.ops.backends import cpu, fallback, math
@@ -119,6 +120,48 @@ def test_a_site_goes_on_with_another_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         backends.choose.cache_clear()
         fallback.forget()
+
+
+def test_a_site_reads_pages_by_a_kernel_that_cannot() -> None:
+    case = in_pages(make_case((5, 9)), page_size=4)
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    tensors = {name: case.options[name] for name in ("seqused_k", "block_table")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no kernel raises on its way
+        out, _, _ = direct.site("forward", kernels="cpu")(*operands, **tensors)
+    assert torch.equal(out, attention.varlen_attn(*operands, **case.options)[0])
+
+
+@pytest.mark.parametrize("packing", ["model", "attention", "pass"])
+def test_the_kernels_of_the_options_run(packing: str) -> None:
+    if packing == "pass":
+        options = {"pre_grad_custom_pass": varlen_inductor.VarlenPass(kernels="math")}
+        compiled = torch.compile(MaskedAttention(), options=options)
+    else:
+        options = {"varlen.kernels": "math", "varlen.packing": packing, "varlen.round_tokens": 4}
+        compiled = torch.compile(MaskedAttention(), backend="varlen_inductor", options=options)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(compiled, *padded_batch())
+    assert sites(code)
+    assert all("kernels='math'" in site for site in sites(code))
+
+
+def test_code_says_what_its_sites_know() -> None:
+    """Code from the caches is loaded once by what it says, and its number differs from process to process only."""
+    case = make_case((5, 11), heads=(3, 3))
+    found = set()
+    for dtype in (torch.float32, torch.float64):
+        for deterministic in (False, True):
+            torch._dynamo.reset()
+            operands = [x.detach().to(dtype) for x in case.operands[:3]]
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                with torch._inductor.config.patch(benchmark_harness=False, force_disable_caches=True):
+                    _, code = run_and_get_code(torch.compile(attend), *operands, case.cu_seq_q)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            found.add("\n".join(line for text in code for line in text.splitlines() if "varlen" in line))
+    assert len(found) == 4
 
 
 def test_a_site_where_only_the_number_of_tokens_is_open() -> None:

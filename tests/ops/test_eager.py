@@ -34,6 +34,14 @@ def call(case: Case, *operands: Tensor, **options: Any) -> Any:
     return varlen_inductor.varlen_attn(*(operands or case.operands[:3]), *case.operands[3:], window_size=(-1, 0), **options)
 
 
+def test_meta_tensors_have_shapes_only(straight: list[None]) -> None:
+    case = make_case((5, 9), dims=(8, 4))
+    operands = [x.to("meta") if isinstance(x, Tensor) else x for x in case.operands]
+    out = varlen_inductor.varlen_attn(*operands)
+    assert out.is_meta and out.shape == (14, *case.value.shape[1:])
+    assert not straight
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("want_lse", [False, True])
 def test_both_ways_agree(straight: list[None], want_lse: bool, dropout_p: float) -> None:

@@ -38,6 +38,11 @@ def head(
     return fx.GraphModule(nn.Module(), graph)
 
 
+def view_of(packet: torch._ops.OpOverload, *args: object) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+    """A reader that views what may be the linear's own memory."""
+    return lambda graph, y: graph.call_function(aten.view.default, (graph.call_function(packet, (y, *args)), [-1]))
+
+
 def calls_of(gm: fx.GraphModule) -> str:
     return "\n".join(f"{n.name} = {n.target}{n.args}" for n in gm.graph.nodes if n.op == "call_function")
 
@@ -81,6 +86,8 @@ def test_values_and_gradients(bias: bool) -> None:
         pytest.param(head(30522, packed=False), id="not packed"),
         pytest.param(head(30522, reader=lambda graph, y: y), id="an output"),
         pytest.param(head(30522, reader=lambda graph, y: graph.call_function(aten.view.default, (y, [-1]))), id="a view"),
+        pytest.param(head(30522, reader=view_of(aten.to.dtype, torch.bfloat16)), id="a view of a cast to the same"),
+        pytest.param(head(30522, reader=view_of(aten.reshape.default, [8, 30522])), id="a view of a reshape"),
     ],
 )
 def test_left_alone(gm: fx.GraphModule) -> None:

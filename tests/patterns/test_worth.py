@@ -50,6 +50,17 @@ def test_encoders(width: int, positions: int) -> None:
     assert worth.smallest_batch(choice(*shapes), True) < positions / 3
 
 
+@pytest.mark.parametrize("op", [aten.addmm.default, aten.mm.default, aten.matmul.default])
+def test_rows_of_tokens_are_no_weight(op: torch._ops.OpOverload) -> None:
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("bias", "x", "w")]
+    with FakeTensorMode():
+        for node, shape in zip(nodes, [(32,), (4096, 16), (16, 32)]):
+            node.meta["val"] = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+    linear = graph.call_function(op, tuple(nodes if op is aten.addmm.default else nodes[1:]))
+    assert worth.smallest_batch(StandIn([linear]), False) == math.ceil(worth.LEAST_WORK / 512)  # type: ignore[arg-type]
+
+
 def test_cpu_packs_always() -> None:
     assert worth.smallest_batch(choice((256, 256), device="cpu"), False) == 0
     assert worth.smallest_batch(choice(), False) == 0
