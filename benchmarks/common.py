@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+KERNEL_PACKAGES = ("nvidia-cudnn-frontend", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 
 
@@ -40,6 +43,9 @@ def environment(device: str) -> dict[str, str]:
 
         found["triton"] = triton.__version__
         found["cudnn"] = str(torch.backends.cudnn.version())
+        for package in KERNEL_PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[package] = importlib.metadata.version(package)
     return found
 
 

@@ -104,7 +104,12 @@ def _backward(
     if ranking is not None and ranking != kernels:
         operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
         return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": ranking})
-    if grad_lse is not None or not _direct(query, key, value, layout, rule, kernels, backward=True):
+    direct = _direct(query, key, value, layout, rule, kernels, backward=True)
+    if direct and grad_lse is not None and rule.dropout_p > 0.0 and kernels != "aten_flash":
+        # The forward became the ATen operator, and no other kernel draws again what it drew.
+        operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
+        return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": "aten_flash"})
+    if grad_lse is not None or not direct:
         return NotImplemented
     return _aten._flash_attention_backward.default(
         _aligned(grad_out),

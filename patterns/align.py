@@ -1,6 +1,6 @@
 """A wide linear with an odd number of outputs gets zero rows in its weight, so that its products read aligned rows.
 
-Half precision products want rows that are multiples of 16 bytes; with others a GPU takes about twice as long. Inductor lays out
+Half precision products want rows that are multiples of 16 bytes; for others there are slower kernels only. Inductor lays out
 its buffers so, but only where all sizes are numbers, which the number of packed rows is not. The vocabulary of a language model
 is such a linear: BERT's has 30522 words.
 

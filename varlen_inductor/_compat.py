@@ -494,7 +494,7 @@ _DEVICE_KEYS = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
 
 
 def knob_reader(module: Any, name: str) -> Callable[[], Any]:
-    """A function that reads knob ``name`` of a config module, ten times as fast as the module's own attribute.
+    """A function that reads knob ``name`` of a config module, without the module's own look-up.
 
     A knob's value is in the ContextVar ``user_override`` (2.13) or in the attribute (2.11) of its entry. Read in 2.11, 2.13.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "nvidia-cudnn-frontend", "flash-attn-4", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "nvidia-cudnn-frontend", "flash-attn-4", "flash-attn-3", "flash-attn")
 
 
 def main(argv: list[str] | None = None) -> int:

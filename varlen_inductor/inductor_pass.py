@@ -29,7 +29,10 @@ from varlen_inductor import _compat, config, report
 _NOT_IN_KEY = ("strict", "inner_backend")
 
 # Packages that bring kernels: with another version, or none, another kernel may have been chosen.
-_KERNEL_PACKAGES = ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "flash-attn", "flash-attn-3")
+_KERNEL_PACKAGES = (
+    *("triton", "nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
+)
 
 _MARK_SLOT = "post_grad_custom_post_pass"
 

@@ -15,6 +15,7 @@ import varlen_inductor
 from varlen_inductor import config
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import cpu, fallback, math
+from varlen_inductor.ops.problem import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,12 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, RuntimeError("broken"))
     with config.patch(strict=True), pytest.raises(RuntimeError, match="broken"):
         call()
+
+
+def test_while_a_graph_is_recorded_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fails to be recorded may be well: the error is the user's to see."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    problem = Problem(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64, 64)
+    with pytest.raises(ValueError, match="not while recording"):
+        fallback.note(ValueError("not while recording"), backends.BACKENDS[0], problem, "auto", False)
+    assert not fallback.failed(problem, False)

@@ -64,6 +64,8 @@ def test_softcap_of_the_function() -> None:
 def test_softcap_that_is_none(softcap: float) -> None:
     with pytest.raises(ValueError, match=r"softcap is .*; it must be a positive number, or 0 for no cap"):
         varlen_inductor.varlen_attn(*make_case((5, 3)).operands, softcap=softcap)
+    with pytest.raises(TypeError, match="softcap is NoneType; it must be a number, 0 for no cap"):
+        varlen_inductor.varlen_attn(*make_case((5, 3)).operands, softcap=None)  # type: ignore[arg-type]
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------

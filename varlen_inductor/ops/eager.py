@@ -48,7 +48,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         layout, rule, kernels, problem = ctx.call
         out, lse, rng_state, query, key, value, *_ = ctx.saved_tensors
-        if problem.deterministic != must_be_deterministic():
+        # With dropout only the kernel of the forward can draw again what it drew.
+        if problem.dropout_p == 0.0 and problem.deterministic != must_be_deterministic():
             problem = problem._replace(deterministic=not problem.deterministic)
         operands = (out, lse, rng_state, query, key, value)
         return None, None, None, None, *through_backward(grad_out, grad_lse, *operands, layout, rule, kernels, problem)

@@ -35,6 +35,8 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
             )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie between 0 and 1")
+    if not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap is {type(softcap).__name__}; it must be a number, 0 for no cap")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it must be a positive number, or 0 for no cap")
     if window_left < -1 or window_right < -1:

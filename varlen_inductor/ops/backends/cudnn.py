@@ -17,6 +17,7 @@ from torch import Tensor
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
+from varlen_inductor.ops.backends.flash_common import contiguous, positive_scale, through_lse
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -75,8 +76,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         with torch.cuda.device(index):
             return forward(query, key, value, layout, rule)
     if rule.scale <= 0.0:
-        query, rule, _ = _with_positive_scale(query, rule)
-    query, key, value, layout = _ready(query), _ready(key), _ready(value), _contiguous(layout)
+        query, rule, _ = positive_scale(query, rule)
+    query, key, value, layout = _ready(query), _ready(key), _ready(value), contiguous(layout)
     tokens, heads, _ = query.shape
     out = query.new_empty((tokens, heads, value.shape[2]))
     stats = query.new_empty((tokens, heads), dtype=torch.float32)
@@ -106,11 +107,11 @@ def backward(
         with torch.cuda.device(index):
             return backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     if rule.scale <= 0.0:
-        query, rule, sign = _with_positive_scale(query, rule)
+        query, rule, sign = positive_scale(query, rule)
         grad_query, grad_key, grad_value = backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
         return grad_query * sign, grad_key, grad_value
     query, key, value, grad_out = _ready(query), _ready(key), _ready(value), _ready(grad_out)
-    out, layout = out.contiguous(), _contiguous(layout)
+    out, layout = out.contiguous(), contiguous(layout)
     grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
     plan = plan_of(True, query, key, value, strides, layout, rule)
@@ -122,23 +123,23 @@ def backward(
         finish_backward(grads, layout, rule.window_right)
     if grad_lse is None:
         return grads
-    more_query, more_key = _through_lse(grad_lse, query, key, lse, layout, rule)
+    more_query, more_key = through_lse(forward, _alone, grad_lse, query, key, lse, layout, rule)
     return grads[0] + more_query, grads[1] + more_key, grads[2]
 
 
-def _through_lse(grad_lse: Tensor, query: Tensor, key: Tensor, lse: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
-    """What lse adds to the gradients of query and key.
-
-    With weights P (before dropout) the scores have the gradient P · g, where g is that of lse, so query gets scale · g · (P K):
-    attention with the keys for values. Key gets Pᵀ (scale · g · Q): what the values would get if their output had the
-    gradient scale · g · Q.
-    """
-    plain = rule._replace(dropout_p=0.0)
-    weighted_keys, _, rng_state = forward(query, key, key, layout, plain)
-    g = (grad_lse * rule.scale).t().unsqueeze(-1)
-    grad_values = (g * query).to(query.dtype)
-    _, _, grad_key = backward(grad_values, None, weighted_keys, lse, rng_state, query, key, key, layout, plain)
-    return (g * weighted_keys).to(query.dtype), grad_key
+def _alone(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward without a gradient of lse, as `through_lse` calls one."""
+    return backward(grad_out, None, out, lse, rng_state, query, key, value, layout, rule)
 
 
 _known: dict[tuple[object, ...], Plan] = {}
@@ -204,24 +205,6 @@ def _ready(x: Tensor) -> Tensor:
     token, head, element = x.stride()
     aligned = element == 1 and head % 8 == 0 and token % 8 == 0 and x.data_ptr() % 16 == 0 and token > 0 and head > 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def _contiguous(layout: Layout) -> Layout:
-    cu_seq_q, cu_seq_k, seqused_k = layout.cu_seq_q, layout.cu_seq_k, layout.seqused_k
-    if cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous() and (seqused_k is None or seqused_k.is_contiguous()):
-        return layout
-    return layout._replace(
-        cu_seq_q=cu_seq_q.contiguous(),
-        cu_seq_k=cu_seq_k.contiguous(),
-        seqused_k=None if seqused_k is None else seqused_k.contiguous(),
-    )
-
-
-def _with_positive_scale(query: Tensor, rule: Rule) -> tuple[Tensor, Rule, float]:
-    """The same scores from another query and a positive scale, and what the gradient of that query is multiplied by."""
-    if rule.scale < 0.0:
-        return -query, rule._replace(scale=-rule.scale), -1.0
-    return torch.zeros_like(query), rule._replace(scale=1.0), 0.0
 
 
 def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:

@@ -17,8 +17,6 @@ import torch
 from varlen_inductor import _compat
 from varlen_inductor.ops.problem import UNBOUNDED, Rule
 
-_MOST_PLANS = 512
-
 FORWARD = ("q", "k", "v", "o", "stats")
 BACKWARD = ("q", "k", "v", "o", "stats", "g", "dq", "dk", "dv")
 """The tensors of a graph, in the order of their pointers. Then come, in the same order, the offsets of each; then the lengths
@@ -89,6 +87,7 @@ class Plan:
 
 
 _plans: dict[Key, Plan] = {}
+"""All plans ever made: a recorded CUDA graph may replay one at any time. Sizes are rounded, so there are few."""
 _building = threading.Lock()
 
 
@@ -102,8 +101,6 @@ def _new_plan(key: Key) -> Plan:
     with _building:
         plan = _plans.get(key)
         if plan is None:
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
             plan = _plans[key] = Plan(key)
         return plan
 

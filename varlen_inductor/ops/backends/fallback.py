@@ -29,10 +29,12 @@ def note(error: Exception, backend: Backend, problem: Problem, kernels: str, bac
 
     Raises:
         Exception: the error itself, where another kernel could not help or must not: memory or the device itself is the trouble,
-            no other kernel may run the problem, ``config.strict`` is set, or weights are dropped (each kernel draws its own way,
-            and a forward and a backward that drop different weights are wrong without a word).
+            no other kernel may run the problem, a CUDA graph is being recorded, ``config.strict`` is set, or weights are dropped
+            (each kernel draws its own way, and a forward and a backward that drop different weights are wrong without a word).
     """
     if config.strict or problem.dropout_p > 0.0 or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+        raise error
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise error
     names = failed(problem, backward) | {backend.name}
     try:
