@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat, config
+from varlen_inductor import _compat_inductor, config
 from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose
@@ -32,7 +32,7 @@ def _direct(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, backward: bool = False
 ) -> bool:
     """Whether the ATen operator alone does what ours promises here."""
-    ahead_of_time = _compat.compiles_ahead_of_time()
+    ahead_of_time = _compat_inductor.compiles_ahead_of_time()
     if query.device.type != "cuda" or not layout.tails_unread:
         return False
     # A kernel of ours reads used keys faster; the backward of this one knows none.
@@ -64,7 +64,7 @@ def _windows(rule: Rule) -> dict[str, Any]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    ahead_of_time = _compat.compiles_ahead_of_time()
+    ahead_of_time = _compat_inductor.compiles_ahead_of_time()
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
     if not ahead_of_time and ranking is not None and ranking != kernels:
         return _ops.varlen_attn.default(query, key, value, *args, **{**options, "kernels": ranking})
@@ -136,7 +136,8 @@ def register() -> None:
         _ops.varlen_attn.default: _forward,
         _ops.varlen_attn_backward.default: _backward,
     }
-    _compat.register_inductor_decompositions(table)
+    _compat_inductor.register_inductor_decompositions(table)
     # Where its decomposition declines, the operator is called.
-    _compat.lower_to_call(_ops.varlen_attn.default, "varlen_inductor.lowering.direct", "forward")
-    _compat.lower_to_call(_ops.varlen_attn_backward.default, "varlen_inductor.lowering.direct", "backward", first_operand=5)
+    module = "varlen_inductor.lowering.direct"
+    _compat_inductor.lower_to_call(_ops.varlen_attn.default, module, "forward")
+    _compat_inductor.lower_to_call(_ops.varlen_attn_backward.default, module, "backward", first_operand=5)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat, inductor_pass
+from varlen_inductor import _compat, _compat_inductor, inductor_pass
 from varlen_inductor.ops.backends import BACKENDS, fallback, named
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -61,7 +61,7 @@ def ranking(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         query, key, value, layout: fakes, as a graph is traced with.
         kernels: as ``config.kernels``.
     """
-    if not _compat.inductor_setting("max_autotune") or layout.block_table is not None:
+    if not _compat_inductor.inductor_setting("max_autotune") or layout.block_table is not None:
         return None  # keys in pages are for decoding, whose lengths nothing here tells
     problem = Problem.of(query, key, value, layout, rule)
     candidates = _candidates(problem, kernels, backward)
@@ -124,7 +124,7 @@ def _answer(question: Question, layout: Layout, rule: Rule) -> dict[str, float]:
 
 def _time(question: Question, layout: Layout, rule: Rule) -> dict[str, float]:
     times = {}
-    with _compat.measuring(question.problem.device):
+    with _compat_inductor.measuring(question.problem.device):
         try:
             operands, real = _operands(question), _layout(question, layout)
             gradient = torch.randn_like(operands[0].new_empty(*question.query[:2], question.value[2]))
@@ -135,7 +135,7 @@ def _time(question: Question, layout: Layout, rule: Rule) -> dict[str, float]:
             if backend.name in question.candidates:
                 try:
                     run = _runner(backend, operands, real, rule, question.part, gradient)
-                    times[backend.name] = _compat.benchmark(run, question.problem.device)
+                    times[backend.name] = _compat_inductor.benchmark(run, question.problem.device)
                 except Exception as error:
                     log.debug("varlen_attn, %s: %s raised %s: %s", question.part, backend.name, type(error).__name__, error)
     shown = ", ".join(f"{name} {time:.4f} ms" for name, time in sorted(times.items(), key=lambda entry: entry[1]))
@@ -219,7 +219,7 @@ def _positions(lengths: list[int], tokens: int) -> Tensor:
 
 
 def _file(question: Question, rule: Rule) -> Path | None:
-    folder = _compat.autotune_cache_folder()
+    folder = _compat_inductor.autotune_cache_folder()
     if folder is None:
         return None
     device = question.problem.device

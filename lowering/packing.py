@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_inductor
 from varlen_inductor.lowering import ahead
 from varlen_inductor.ops import packing
 
@@ -35,16 +35,16 @@ def _unpack_adjoint(grad: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 def _plan_static(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Where Python runs, the operator's own kernel plans faster.
-    return ahead.plan_static(mask) if _compat.compiles_ahead_of_time() else NotImplemented
+    return ahead.plan_static(mask) if _compat_inductor.compiles_ahead_of_time() else NotImplemented
 
 
 def _row_offsets(like: Tensor, batch: int, length: int, empty: int) -> Tensor:
-    return packing.row_offsets(like, batch, length, empty) if _compat.compiles_ahead_of_time() else NotImplemented
+    return packing.row_offsets(like, batch, length, empty) if _compat_inductor.compiles_ahead_of_time() else NotImplemented
 
 
 def register() -> None:
     """Register the decompositions with Inductor; further calls do nothing."""
-    _compat.register_inductor_decompositions(
+    _compat_inductor.register_inductor_decompositions(
         {
             _ops.pack.default: _pack,
             _ops.unpack.default: _unpack,
@@ -55,4 +55,4 @@ def register() -> None:
         }
     )
     for op in (_ops.plan_static.default, _ops.row_offsets.default):
-        _compat.lower_to_operator(op)
+        _compat_inductor.lower_to_operator(op)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from varlen_inductor import _compat, config
+from varlen_inductor import _compat, _compat_inductor, config
 
 # What lives there for the sake of its neighbours.
 PUBLIC_ONLY = {"import_operators"}
@@ -121,13 +121,13 @@ def test_materialise() -> None:
 
 
 def test_graph_pass() -> None:
-    base = _compat.graph_pass_class()
+    base = _compat_inductor.graph_pass_class()
     assert {"__call__", "uuid"} <= set(dir(base))
-    assert _compat.inductor_setting("post_grad_custom_post_pass") is None
-    assert _compat.inductor_setting("triton.cudagraphs") is False
-    assert _compat.has_inductor_setting("triton.mix_order_reduction")
-    assert not _compat.has_inductor_setting("triton.no_such_setting")
-    assert isinstance(_compat.passes_may_be_lists(), bool)
+    assert _compat_inductor.inductor_setting("post_grad_custom_post_pass") is None
+    assert _compat_inductor.inductor_setting("triton.cudagraphs") is False
+    assert _compat_inductor.has_inductor_setting("triton.mix_order_reduction")
+    assert not _compat_inductor.has_inductor_setting("triton.no_such_setting")
+    assert isinstance(_compat_inductor.passes_may_be_lists(), bool)
 
 
 def test_counters() -> None:
@@ -310,4 +310,4 @@ def test_inductor_decompositions() -> None:
 
     assert isinstance(decomposition.decompositions, dict)
     assert callable(decomposition.fast_random_decomps.cache_clear)
-    _compat.register_inductor_decompositions({})
+    _compat_inductor.register_inductor_decompositions({})

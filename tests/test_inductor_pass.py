@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from helpers import stub_driver
-from varlen_inductor import VarlenPass, _compat, config, inductor_pass, report
+from varlen_inductor import VarlenPass, _compat_inductor, config, inductor_pass, report
 
 
 class Named(CustomGraphPass):
@@ -112,14 +112,14 @@ def test_mark_joins_a_pass_that_is_there() -> None:
     options = inductor_pass.marked({slot: theirs, "max_autotune": True})
     assert inductor_pass.is_marked(options)
     assert options["max_autotune"] is True
-    if _compat.passes_may_be_lists():
+    if _compat_inductor.passes_may_be_lists():
         assert options[slot][0] is theirs
     else:
         options[slot](fx.Graph())
         assert theirs.calls == 1
         assert "theirs" in options[slot].uuid()
     with torch._inductor.config.patch({slot: theirs}):
-        assert "theirs" in str(options[slot].uuid()) if not _compat.passes_may_be_lists() else True
+        assert "theirs" in str(options[slot].uuid()) if not _compat_inductor.passes_may_be_lists() else True
         inherited = inductor_pass.marked({})[slot]
     assert inherited == options[slot]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from varlen_inductor import _compat, config, ddp, inductor_pass, report, switch
+from varlen_inductor import _compat, _compat_inductor, config, ddp, inductor_pass, report, switch
 from varlen_inductor.nested import Nested
 
 Route = Literal["backend", "enable"]
@@ -47,7 +47,7 @@ class InnerCompiler:
     @property
     def records_cuda_graphs(self) -> bool:
         """Whether Inductor is asked for CUDA graphs, as ``mode="reduce-overhead"`` does."""
-        return bool(self.options.get("triton.cudagraphs", _compat.inductor_setting("triton.cudagraphs")))
+        return bool(self.options.get("triton.cudagraphs", _compat_inductor.inductor_setting("triton.cudagraphs")))
 
     def compile(self, gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
         """Compile a graph that takes the same inputs as Dynamo's, under Dynamo's tracing context.
@@ -95,7 +95,7 @@ class InnerCompiler:
         host is the slower one. With CUDA graphs nothing is launched one by one.
         """
         setting = "triton.mix_order_reduction"
-        if self.records_cuda_graphs or setting in self.options or not _compat.has_inductor_setting(setting):
+        if self.records_cuda_graphs or setting in self.options or not _compat_inductor.has_inductor_setting(setting):
             return self
         return InnerCompiler({**self.options, setting: False}, self.dynamic, self.backend, self.original)
 

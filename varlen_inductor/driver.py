@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from varlen_inductor import _compat, config, report, runtime
+from varlen_inductor import _compat, _compat_inductor, config, report, runtime
 from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, worth
 from varlen_inductor.patterns import builder as packing
 from varlen_inductor.patterns.attention import find_candidates
@@ -221,7 +221,7 @@ def _kernel_of_call(call: upstream_varlen.Call, line: report.Site) -> str | None
     from varlen_inductor.ops.backends import choose as choose_kernel
 
     problem = upstream_varlen.problem_of(call)
-    if _compat.compiles_ahead_of_time():
+    if _compat_inductor.compiles_ahead_of_time():
         line.kernel = "ATen operators"
         return "AOTInductor compiles forwards only" if call.backward else None
     try:
@@ -437,7 +437,7 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         length=length_class(query.shape[-2]),
         deterministic=must_be_deterministic(),
     )
-    if _compat.compiles_ahead_of_time():
+    if _compat_inductor.compiles_ahead_of_time():
         reason = ahead.refusal(problem)
         if reason is not None:
             raise SiteRefused(site, reason)

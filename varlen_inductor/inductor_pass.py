@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from varlen_inductor import _compat, config, report
+from varlen_inductor import _compat, _compat_inductor, config, report
 
 # Knobs that decide nothing about the compiled code.
 _NOT_IN_KEY = ("strict", "inner_backend")
@@ -68,7 +68,7 @@ def cache_key() -> str:
     return f"varlen_inductor-{source_hash()}-{json.dumps(knobs, sort_keys=True)}"
 
 
-class VarlenPass(_compat.graph_pass_class()):  # type: ignore[misc]
+class VarlenPass(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
     """The rewrite for ``options={"pre_grad_custom_pass": VarlenPass()}``: attention only, in place, no packing of the rest.
 
     A pass runs inside one graph and cannot look at data first, so it does what needs no fact about the data. Use
@@ -130,7 +130,7 @@ def _restore(knobs: Mapping[str, Any], key: str) -> VarlenPass:
     return VarlenPass(**knobs)
 
 
-class CacheMark(_compat.graph_pass_class()):  # type: ignore[misc]
+class CacheMark(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
     """A pass that changes nothing and carries a key into Inductor's cache keys. It calls the pass it has displaced, if any."""
 
     def __init__(self, key: str, displaced: Any = None) -> None:
@@ -161,8 +161,8 @@ def marked(options: Mapping[str, Any]) -> dict[str, Any]:
 
     The key goes where a pass would: options reach the compiler of the backward as well, which runs later and elsewhere.
     """
-    present = options.get(_MARK_SLOT, _compat.inductor_setting(_MARK_SLOT))
-    if _compat.passes_may_be_lists():
+    present = options.get(_MARK_SLOT, _compat_inductor.inductor_setting(_MARK_SLOT))
+    if _compat_inductor.passes_may_be_lists():
         passes = list(present) if isinstance(present, (list, tuple)) else [] if present is None else [present]
         return {**options, _MARK_SLOT: [*passes, CacheMark(cache_key())]}
     return {**options, _MARK_SLOT: CacheMark(cache_key(), present)}

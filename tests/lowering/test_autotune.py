@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import varlen_inductor
 from attention_cases import assert_close, make_case, reference
 from helpers import MaskedAttention, padded_batch
-from varlen_inductor import _compat
+from varlen_inductor import _compat, _compat_inductor
 from varlen_inductor.lowering import autotune
 from varlen_inductor.ops.backends import BACKENDS
 
@@ -54,7 +54,7 @@ def step(compiled: Any, operands: Any, *args: Any) -> tuple[list[Tensor], list[s
 def test_candidates_are_timed_and_the_order_stands_in_the_code(setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
     times = itertools.count(start=10, step=-1)  # each is faster than the one before: math before cpu
-    monkeypatch.setattr(_compat, "benchmark", lambda run, device: (ran.append(run()), next(times))[1])
+    monkeypatch.setattr(_compat_inductor, "benchmark", lambda run, device: (ran.append(run()), next(times))[1])
     case = make_case((5, 9))
     (out, *grads), code = step(torch.compile(attend, fullgraph=True, **setting), case.operands)
     assert kernels(code) == ["math,cpu", "math,cpu"]
@@ -83,15 +83,15 @@ def test_times_are_kept() -> None:
     _, second = step(other, operands)
     assert kernels(first) == kernels(second)
     assert _compat.counters()["autotuned"] == 2
-    assert len(list(Path(_compat.autotune_cache_folder() or "", "varlen_inductor").iterdir())) == 2
+    assert len(list(Path(_compat_inductor.autotune_cache_folder() or "", "varlen_inductor").iterdir())) == 2
     with torch._inductor.config.patch(force_disable_caches=True):
-        assert _compat.autotune_cache_folder() is None
+        assert _compat_inductor.autotune_cache_folder() is None
 
 
 @pytest.mark.parametrize("fast", ["cpu", "math"])
 def test_with_dropout_one_kernel_runs_both(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 2.0] if fast == "cpu" else [2.0, 1.0])
-    monkeypatch.setattr(_compat, "benchmark", lambda run, device: (run(), next(times))[1])
+    monkeypatch.setattr(_compat_inductor, "benchmark", lambda run, device: (run(), next(times))[1])
     operands = make_case((5, 9)).operands
     (_, query_grad, *_), code = step(torch.compile(attend, options={"max_autotune": True}), operands, 0.5)
     assert [names.split(",")[0] for names in kernels(code)] == [fast, fast]
@@ -112,7 +112,7 @@ def test_a_candidate_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("no luck")
         return 1.0
 
-    monkeypatch.setattr(_compat, "benchmark", fails)
+    monkeypatch.setattr(_compat_inductor, "benchmark", fails)
     _, code = step(torch.compile(attend, options={"max_autotune": True}), make_case((5, 9)).operands)
     assert kernels(code) == ["math", "math"]
 

@@ -1,0 +1,191 @@
+"""The private names of Inductor that the package uses: passes and cache keys, decompositions and lowerings, timing.
+
+Kept as ``_compat`` is: each entry says in which versions of PyTorch it was read, and ``tests/test_compat.py`` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from varlen_inductor._compat import no_dispatch_modes
+
+
+def graph_pass_class() -> type:
+    """``CustomGraphPass``: what Inductor accepts as a pass that takes part in its cache keys. Read in 2.11, 2.12, 2.13."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def passes_may_be_lists() -> bool:
+    """Whether ``*_custom_*_pass`` settings take a list. One callable only in 2.11; a list as well from 2.12 on."""
+    from torch._inductor import custom_graph_pass
+
+    return hasattr(custom_graph_pass, "get_custom_graph_passes")
+
+
+def inductor_setting(name: str) -> Any:
+    """The value of one of Inductor's settings, as it holds now. Read in 2.11, 2.13."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
+def has_inductor_setting(name: str) -> bool:
+    """Whether this version of Inductor has the setting. Read in 2.11, 2.13."""
+    from torch._inductor import config
+
+    return name in config.get_config_copy()
+
+
+def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> None:
+    """Add decompositions to Inductor's table, before or after its first compile.
+
+    ``fast_random_decomps`` and, where it exists, ``select_decomp_table`` keep a copy of the table that is made once, so
+    their caches are dropped. Read in 2.11, 2.13.
+    """
+    from torch._inductor import decomposition
+
+    for op, function in table.items():
+        if op not in decomposition.decompositions:
+            decomposition.register_decomposition([op])(function)
+    for cached in (decomposition.fast_random_decomps, decomposition.select_decomp_table):
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+
+
+def compiles_ahead_of_time() -> bool:
+    """Whether Inductor is at work for AOTInductor, whose code runs without Python. Read in 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation)
+
+
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """A context in which kernels run on real tensors as they will in compiled code, from inside of a trace.
+
+    No dispatch mode, no Python dispatcher (each operator would pass through Python), no autograd, no autocast; the random
+    generators are as before afterwards. Read in 2.11, 2.13.
+    """
+    from torch._dispatch.python import no_python_dispatcher
+
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with (
+        no_dispatch_modes(),
+        no_python_dispatcher(),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=cuda),
+    ):
+        yield
+
+
+def benchmark(run: Callable[[], Any], device: torch.device) -> float:
+    """The time that ``run()`` takes in milliseconds, as Inductor measures its own candidates. Read in 2.11, 2.13."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    time = benchmarker.benchmark_cpu(run) if device.type == "cpu" else benchmarker.benchmark_gpu(run)
+    return float(time)
+
+
+def autotune_cache_folder() -> str | None:
+    """Where Inductor keeps its caches; None if it is not to keep what it times. Read in 2.11, 2.13."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir() if config.autotune_local_cache and not config.force_disable_caches else None
+
+
+def lower_to_operator(op: Any) -> None:
+    """Let Inductor call the operator itself wherever its decomposition declines.
+
+    ``make_fallback`` does not allow both unless it is told to. Read in 2.11, 2.13.
+    """
+    from torch._inductor import lowering
+
+    if op not in lowering.lowerings:
+        lowering.make_fallback(op, warn=False, override_decomp=True)
+
+
+def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -> None:
+    """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
+
+    Where heads and head dims of query, key and value, the arguments from ``first_operand`` on, are numbers, and no size is zero,
+    it calls what ``module.site(function, ...)`` returns when the code is loaded, which is given the options that are constants.
+
+    ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
+    ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator.
+    A decomposition that declines leaves the operator to this lowering. Read in 2.11, 2.13.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch.utils import _pytree
+
+    alias = f"{module.replace('.', '_')}_{function}"
+
+    class Call(ir.FallbackKernel):
+        def codegen(self, wrapper: Any) -> None:
+            if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
+                outermost = wrapper
+                while hasattr(outermost, "parent_wrapper"):
+                    outermost = outermost.parent_wrapper
+                self.python_kernel_name = alias
+                options = self._site_options()
+                if options is None:
+                    outermost.add_import_once(f"from {module} import {function} as {alias}")
+                else:
+                    number = outermost.varlen_sites = getattr(outermost, "varlen_sites", 0) + 1
+                    self.python_kernel_name = f"{alias}_{number}"
+                    given = "".join(f", {name}={value!r}" for name, value in options.items())
+                    outermost.add_import_once(f"from {module} import site as varlen_site")
+                    made_for = self._site_is_made_for(first_operand)
+                    outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})  # {made_for}")
+            super().codegen(wrapper)
+
+        def _site_options(self) -> dict[str, Any] | None:
+            """The options that are constants, or None where every call must look at its operands."""
+            args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
+            query, key, value = args[first_operand : first_operand + 3]
+            sizes = [size for x in (query, key, value) for size in x.get_size()]
+            known = V.graph.sizevars.statically_known_gt
+            if not all(known(size, 0) for size in (*sizes, args[first_operand + 3].get_size()[0] - 1)):
+                return None
+            heads = [size for x in (query, key, value) for size in x.get_size()[1:]]
+            if kwargs.get("kernels") is None or not all(getattr(size, "is_number", True) for size in heads):
+                return None
+            given = {name: value for name, value in kwargs.items() if value is not None and not isinstance(value, ir.IRNode)}
+            return given if all(isinstance(value, (bool, int, float, str)) for value in given.values()) else None
+
+        def _site_is_made_for(self, first_operand: int) -> str:
+            """What a site knows and the rest of the code need not say: equal code is loaded once, and would share its sites."""
+            query = self.unflatten_args(self.inputs, self.constant_args)[0][first_operand]
+            settings = "deterministic" if torch.are_deterministic_algorithms_enabled() else "not deterministic"
+            return f"{query.get_device()}, {query.get_dtype()}, {settings}"
+
+        def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
+            if str(self.python_kernel_name).startswith(f"{alias}_"):
+                # The site has the others.
+                self.kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, (bool, int, float, str, type(None)))}
+            return super().codegen_kwargs(skip_out)  # type: ignore[no-any-return]
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        def boxed(x: Any) -> Any:
+            return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
+
+        if compiles_ahead_of_time():
+            # Its code would run, and pass the operator wrong numbers: sizes among the options confuse it.
+            raise RuntimeError(f"{op} cannot be called by the code of AOTInductor, which runs without Python")
+        outputs: Any = Call.create(op, *args, **kwargs)
+        for output in outputs:
+            # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.
+            V.graph.unaligned_buffers.discard(output.get_name())
+        return _pytree.tree_map(boxed, outputs)
+
+    if op not in lowering.lowerings:
+        lowering.add_needs_realized_inputs(op)
+        lowering.register_lowering(op, type_promotion_kind=None)(lower)
