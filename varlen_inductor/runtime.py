@@ -64,12 +64,13 @@ class PackedProgram:
         self.min_positions = min_positions
         self.strict = config.strict
         self.broken = False
+        self.too_small = False
         self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
         inputs = None
-        if not self.broken:
+        if not self.broken and not self.too_small:
             with torch.no_grad():
                 inputs = self._plan(args)
         if inputs is None:
@@ -106,6 +107,7 @@ class PackedProgram:
         masks, flags = outcome[: self.domains], outcome[self.domains :]
         positions = [mask.numel() for mask in masks]
         if sum(positions) < self.min_positions:
+            self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
         pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
         # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then,

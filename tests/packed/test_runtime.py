@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from helpers import run_python
-from varlen_inductor import config, nested
+from varlen_inductor import config, nested, runtime
 
 Batches = Sequence[dict[str, Tensor]]
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -237,6 +237,22 @@ def test_smallest_size_is_a_knob() -> None:
         compiled(**feature_batch([5, 2, 7]))
         compiled(**feature_batch([5, 2, 7, 1]))
     assert steps() == (1, 1)
+
+
+def test_a_size_that_is_too_small_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot change: the plan would be work for nothing in every step."""
+    plans: list[int] = []
+    plan = runtime.PackedProgram._plan
+    monkeypatch.setattr(runtime.PackedProgram, "_plan", lambda self, args: (plans.append(1), plan(self, args))[1])
+    for dynamic, looks in ((False, 1), (True, 3)):
+        options = {"varlen.min_positions": 3 * S + 1, "varlen.inner_backend": "aot_eager", "varlen.round_tokens": 4}
+        compiled = compile_(Blocks(), dynamic=dynamic, options=options)
+        plans.clear()
+        with torch.no_grad():
+            for lengths in ([5, 2, 7], [1, 1, 3], [9, 2, 1]):
+                compiled(**feature_batch(lengths))
+        assert len(plans) == looks
+    assert steps() == (0, 6)
 
 
 @TRAIN
