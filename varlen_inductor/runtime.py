@@ -157,7 +157,7 @@ def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
 def _with_bounded_rows(body: fx.GraphModule, domains: int) -> Callable[..., Any]:
     """The body as a function which says of its packed rows that 32 bits count them.
 
-    Inductor counts in 64 bits what it knows no bound of, which makes sums over the rows (bias gradients) slower on a GPU.
+    Inductor computes with 64 bits wherever a size without a known bound is part of an index, as in sums over the rows.
     """
 
     def graph(*args: Any) -> Any:
