@@ -23,6 +23,13 @@ Backward = Callable[
 ``out``, ``lse`` and ``rng_state`` are what the same backend's forward gave; ``grad_lse`` is ``None`` if lse was not used.
 """
 
+BackwardInto = Callable[
+    [tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, Rule], None
+]
+"""``(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)``: as ``Backward`` without a gradient of lse, written to
+``grads``: tensors (T_q, H, D), (T_k, H_k, D), (T_k, H_k, D_v) with contiguous heads and any step from row to row that is a multiple
+of 16 bytes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Backend:
@@ -39,6 +46,8 @@ class Backend:
     backward: Backward
     forward_into: ForwardInto | None = None
     """As ``forward``, into a tensor that is there; ``None`` if the backend cannot."""
+    backward_into: BackwardInto | None = None
+    """As ``backward``, into tensors that are there; ``None`` if the backend cannot."""
     reads_lengths: bool = False
     """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""
 
