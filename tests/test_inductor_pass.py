@@ -125,9 +125,9 @@ def test_mark_joins_a_pass_that_is_there() -> None:
 
 
 def test_mark_keeps_an_unnamed_pass_unnamed() -> None:
-    assert inductor_pass.CacheMark("key", Named(None)).uuid() is None
-    assert inductor_pass.CacheMark("key", lambda graph: None).uuid() is None
-    assert inductor_pass.CacheMark("key").uuid() == "key"
+    assert inductor_pass.AfterGrad("key", Named(None)).uuid() is None
+    assert inductor_pass.AfterGrad("key", lambda graph: None).uuid() is None
+    assert inductor_pass.AfterGrad("key").uuid() == "key"
 
 
 def test_unmarked() -> None:

@@ -29,10 +29,10 @@ def passes_may_be_lists() -> bool:
 
 
 def inductor_setting(name: str) -> Any:
-    """The value of one of Inductor's settings, as it holds now. Read in 2.11, 2.13."""
+    """The value of one of Inductor's settings, as it holds now; None if this version has none such. Read in 2.11, 2.13."""
     from torch._inductor import config
 
-    return getattr(config, name)
+    return getattr(config, name) if has_inductor_setting(name) else None
 
 
 def has_inductor_setting(name: str) -> bool:

@@ -6,7 +6,7 @@ For those who stay on ``backend="inductor"``::
 
 Inductor's cache keys know the graph, its own settings and its own sources. They know nothing of ours: an operator of ours is
 a name to them, whatever its lowering does. Both forms of the rewrite therefore put :func:`cache_key` where the keys are
-made: :class:`VarlenPass` through its ``uuid()``, the backend through a :class:`CacheMark`, a pass that does nothing else.
+made: :class:`VarlenPass` through its ``uuid()``, the backend through that of :class:`AfterGrad`.
 """
 
 from __future__ import annotations
@@ -130,16 +130,22 @@ def _restore(knobs: Mapping[str, Any], key: str) -> VarlenPass:
     return VarlenPass(**knobs)
 
 
-class CacheMark(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
-    """A pass that changes nothing and carries a key into Inductor's cache keys. It calls the pass it has displaced, if any."""
+class AfterGrad(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
+    """Our passes over graphs that autograd has made (`lowering.after_grad`), which carry a key into Inductor's cache keys.
+
+    The pass that they have displaced comes first, if there is one.
+    """
 
     def __init__(self, key: str, displaced: Any = None) -> None:
         self.key = key
         self.displaced = displaced
 
     def __call__(self, graph: fx.Graph) -> None:
+        from varlen_inductor.lowering import after_grad
+
         if self.displaced is not None:
             self.displaced(graph)
+        after_grad.rewrite(graph)
 
     def uuid(self) -> Any:
         if self.displaced is None:
@@ -150,7 +156,7 @@ class CacheMark(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
         return None if theirs is None else (self.key, theirs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CacheMark) and (self.key, self.displaced) == (other.key, other.displaced)
+        return isinstance(other, AfterGrad) and (self.key, self.displaced) == (other.key, other.displaced)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -164,11 +170,11 @@ def marked(options: Mapping[str, Any]) -> dict[str, Any]:
     present = options.get(_MARK_SLOT, _compat_inductor.inductor_setting(_MARK_SLOT))
     if _compat_inductor.passes_may_be_lists():
         passes = list(present) if isinstance(present, (list, tuple)) else [] if present is None else [present]
-        return {**options, _MARK_SLOT: [*passes, CacheMark(cache_key())]}
-    return {**options, _MARK_SLOT: CacheMark(cache_key(), present)}
+        return {**options, _MARK_SLOT: [*passes, AfterGrad(cache_key())]}
+    return {**options, _MARK_SLOT: AfterGrad(cache_key(), present)}
 
 
 def is_marked(options: Mapping[str, Any]) -> bool:
     """Whether these options belong to a compile that comes from us: its graph has been through our passes already."""
     present = options.get(_MARK_SLOT)
-    return any(isinstance(each, CacheMark) for each in (present if isinstance(present, (list, tuple)) else [present]))
+    return any(isinstance(each, AfterGrad) for each in (present if isinstance(present, (list, tuple)) else [present]))

@@ -1,8 +1,8 @@
 """Plan and body: how a packed graph runs.
 
 The number of valid tokens is known only when the data is. The *plan* finds it (one host synchronisation), rounded up so that
-few different numbers occur, and the *body* gets the packed rows' indices as an input whose length is an ordinary dynamic
-size: one compiled graph for all numbers. When packing cannot pay, or a fact that it relies on does not hold, the padded graph
+few different numbers occur, and the *body* gets the packed rows' indices in blocks of a fixed length, whose number is an ordinary
+dynamic size: one compiled graph for all numbers, in which every number of rows is known to be a multiple of a block. When packing cannot pay, or a fact that it relies on does not hold, the padded graph
 runs, exactly as the user wrote it.
 """
 
@@ -20,9 +20,6 @@ from varlen_inductor.ops import packing
 
 if TYPE_CHECKING:
     from varlen_inductor.backend import InnerCompiler
-
-
-_MOST_ROWS = 2**31 - 1
 
 
 class PackedProgram:
@@ -65,7 +62,9 @@ class PackedProgram:
         self.strict = config.strict
         self.broken = False
         self.too_small = False
-        self.body = inner.nested(_with_bounded_rows(body, domains), dynamic=dynamic, packed=True)
+        # Half of what rows are rounded to, so that there are never less than two: of one the compiler would make a case of its own.
+        self.block = self.round_tokens // 2 if self.round_tokens % 2 == 0 else 1
+        self.body = inner.nested(_taking_blocks(body, domains), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
@@ -75,6 +74,7 @@ class PackedProgram:
                 inputs = self._plan(args)
         if inputs is None:
             return self._padded_step(args)
+        inputs[::3] = [index.view(-1, self.block) for index in inputs[::3]]
         key = (*self._known_by(args), *[index.shape[0] for index in inputs[::3]])
         if not self.body.knows(key):
             for index in inputs[::3]:
@@ -126,8 +126,9 @@ class PackedProgram:
     def _rows(self, pending: Sequence[packing.PendingPlan], counts: Sequence[int], args: Sequence[Any]) -> list[int]:
         """How many rows each domain is packed into.
 
-        A size that some input has too would be taken for the same size by the compiler, which would then compile again when
-        they differ; so such a number is passed over. Just once: attention presumes no more than two roundings of dead rows.
+        A number of blocks that is a size of some input, too, would be taken for the same size by the compiler, which would then
+        compile again when they differ; so such a number is passed over. Just once: attention presumes no more than two roundings
+        of dead rows.
         """
         if self._sizes is None or self.sizes_vary:
             self._sizes = frozenset(n for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for n in x.shape)
@@ -135,9 +136,9 @@ class PackedProgram:
         rows = []
         for plan, count in zip(pending, counts):
             n = plan.rows_for(count)
-            if n in taken:
+            if n // self.block in taken:
                 n += self.round_tokens
-            taken.add(n)
+            taken.add(n // self.block)
             rows.append(n)
         return rows
 
@@ -154,16 +155,14 @@ def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
     plan.recompile()
 
 
-def _with_bounded_rows(body: fx.GraphModule, domains: int) -> Callable[..., Any]:
-    """The body as a function which says of its packed rows that 32 bits count them.
-
-    Inductor computes with 64 bits wherever a size without a known bound is part of an index, as in sums over the rows.
-    """
+def _taking_blocks(body: fx.GraphModule, domains: int) -> Callable[..., Any]:
+    """The body as a function that takes each domain's ``index`` (T,) in blocks: (T / block, block)."""
 
     def graph(*args: Any) -> Any:
-        for index in args[len(args) - 3 * domains :: 3]:
-            torch._check(index.shape[0] <= _MOST_ROWS)
-        return body(*args)
+        given = list(args)
+        for at in range(len(args) - 3 * domains, len(args), 3):
+            given[at] = given[at].view(-1)
+        return body(*given)
 
     return graph
 

@@ -1,0 +1,38 @@
+"""The passes over the graphs that autograd has made, forward and backward, in their order.
+
+Inductor calls them last among its own passes, through `inductor_pass.AfterGrad`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx
+
+from varlen_inductor import config
+from varlen_inductor.lowering.joined_gradients import join_gradients
+from varlen_inductor.lowering.row_sums import split_row_sums
+
+_log = logging.getLogger("varlen_inductor")
+
+PASSES = (
+    join_gradients,  # makes the copy go away whose rows are then summed
+    split_row_sums,
+)
+
+
+def rewrite(graph: fx.Graph) -> None:
+    """Rewrite ``graph`` in place. A pass that fails is logged with its traceback, unless ``config.strict``: then it raises.
+
+    Each pass changes one place at a time, completely or not at all, so what one that failed has left behind is right.
+    """
+    for each in PASSES:
+        try:
+            changed = each(graph)
+        except Exception:
+            if config.strict:
+                raise
+            _log.warning("%s failed; the graph is compiled without it", each.__name__, exc_info=True)
+        else:
+            if changed:
+                _log.debug("%s changed %d places", each.__name__, changed)

@@ -1,0 +1,105 @@
+"""Gradients of query, key and value that one projection made, written where its gradient wants them.
+
+Where a model projects to query, key and value at once, its backward puts their three gradients side by side in one tensor: a copy of
+all of them (26.8 us beside 134 us for the attention's backward, on one H100; benchmarks/model.py, B 32, S 512). Kernels that write to
+rows with any step between them write them there right away.
+
+    before                                                        after
+    %g = varlen_attn_backward(...)                                %j = varlen_attn_backward_joined(...)    # (T, 3 * H * D)
+    %c = cat([%g[0], %g[1], %g[2]], 1)    # (T, 3 * H, D)         %c = reshape(%j, [-1, 3 * H, D])
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from varlen_inductor import _compat_inductor
+from varlen_inductor.ops.attention import default_kernels, split_arguments
+from varlen_inductor.ops.backends import choose
+from varlen_inductor.ops.problem import Problem
+from varlen_inductor.patterns.nodes import arguments, aten, calls, same_size, tensor
+
+_ops = torch.ops.varlen_inductor
+
+
+def join_gradients(graph: fx.Graph) -> int:
+    """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; the number of attentions that were joined."""
+    if _compat_inductor.compiles_ahead_of_time():
+        return 0
+    joined = 0
+    for cat in list(graph.find_nodes(op="call_function", target=aten.cat.default)):
+        attention = _attention_of(cat)
+        if attention is not None and _writes_in_place(attention):
+            _join(graph, attention, cat)
+            joined += 1
+    return joined
+
+
+def _attention_of(cat: fx.Node) -> fx.Node | None:
+    """The attention whose three gradients ``cat`` puts side by side in each row; None if it does something else."""
+    given = arguments(cat)
+    pieces, dim, joined = given["tensors"], given["dim"] % cat.meta["val"].dim(), cat.meta["val"]
+    if len(pieces) != 3 or dim == 0 or any(n != 1 for n in joined.shape[1:dim]):
+        return None
+    attention: fx.Node | None = None
+    for place, piece in enumerate(pieces):
+        at, x = piece, tensor(piece)
+        while calls(at, aten.reshape, aten.view, aten.unsqueeze, aten.squeeze):
+            at = at.args[0]
+        if x is None or not isinstance(at, fx.Node) or at.target is not operator.getitem or at.args[1] != place:
+            return None
+        found = at.args[0]
+        if not calls(found, _ops.varlen_attn_backward) or attention not in (None, found):
+            return None
+        attention = found
+        if x.dtype != joined.dtype or not same_size(x.shape[0], at.meta["val"].shape[0]):
+            return None
+    return attention
+
+
+def _operands(attention: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of the backward operator, fake tensors for nodes."""
+    args, kwargs = fx.map_arg((attention.args, dict(attention.kwargs)), lambda n: n.meta["val"])
+    return list(args), dict(kwargs)
+
+
+def _writes_in_place(attention: fx.Node) -> bool:
+    """Whether the kernel that runs the backward can write to rows that are there."""
+    args, kwargs = _operands(attention)
+    _, grad_lse, _, _, _, query, key, value, *rest = args
+    if grad_lse is not None or not same_size(query.shape[0], key.shape[0]):
+        return False
+    layout, rule, kernels = split_arguments(query, *rest, **kwargs)
+    problem = Problem.of(query, key, value, layout, rule)
+    return choose(problem, kernels or default_kernels(), backward=True).backend.backward_into is not None
+
+
+def _join(graph: fx.Graph, attention: fx.Node, cat: fx.Node) -> None:
+    args, kwargs = _operands(attention)
+    widths = [x.shape[1] * x.shape[2] for x in args[5:8]]
+
+    def call(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = graph.call_function(target, args, kwargs)
+        new.meta = {**like.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)}
+        return new
+
+    with graph.inserting_before(attention):
+        joined = graph.call_function(_ops.varlen_attn_backward_joined.default, attention.args, attention.kwargs)
+        joined.meta = {**attention.meta, "val": _ops.varlen_attn_backward_joined.default(*args, **kwargs)}
+        for piece in list(attention.users):
+            place = piece.args[1]
+            start = sum(widths[:place])
+            columns = call(piece, aten.slice.Tensor, joined, 1, start, start + widths[place])
+            rows = call(piece, aten.view.default, columns, [-1, *piece.meta["val"].shape[1:]])
+            piece.replace_all_uses_with(rows)
+            graph.erase_node(piece)
+    graph.erase_node(attention)
+    with graph.inserting_before(cat):
+        whole = call(cat, aten.view.default, joined, [-1, *cat.meta["val"].shape[1:]])
+    cat.replace_all_uses_with(whole)
+    graph.erase_node(cat)
+    graph.eliminate_dead_code()

@@ -1,0 +1,108 @@
+"""Sums over packed rows are made in chunks, where that is known to be right and to be worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from varlen_inductor.lowering.row_sums import split_row_sums
+
+aten = torch.ops.aten
+BLOCK = 64
+
+
+def traced(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24) -> tuple[fx.GraphModule, Tensor]:
+    """The graph of ``function`` of rows (T, width) that come in blocks, T a symbol times 64; and the operand of the graph."""
+
+    def of_blocks(x: Tensor) -> Tensor:
+        return function(x.view(-1, width))
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.randn(3, BLOCK, width).to(dtype), symbolic_context=sizes)
+    return make_fx(of_blocks)(x), torch.randn(5, BLOCK, width).to(dtype)
+
+
+def sums(gm: fx.GraphModule) -> list[list[int]]:
+    """The dims of each sum of a graph."""
+    return [list(node.args[1]) for node in gm.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)]
+
+
+def check(gm: fx.GraphModule, x: Tensor, expected: int) -> None:
+    before, wanted, form = sums(gm), gm(x), gm.graph.output_node().args[0].meta["val"]
+    assert split_row_sums(gm.graph, x.device.type) == expected
+    gm.graph.lint()
+    gm.recompile()
+    assert sums(gm) == ([[1], [0]] * expected if expected else before)
+    made = gm.graph.output_node().args[0].meta["val"]
+    assert (made.dtype, made.shape) == (form.dtype, form.shape)
+    exact = x.dtype == torch.float64
+    torch.testing.assert_close(gm(x), wanted, rtol=1e-12 if exact else None, atol=1e-12 if exact else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_is_split(dtype: torch.dtype, keepdim: bool) -> None:
+    check(*traced(lambda x: (x * 2).sum([0], keepdim), dtype), expected=1)
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    """2048 + 1 is 2048 in half precision; a sum of sums must not round in between."""
+    gm, _ = traced(lambda x: x.sum([0]), torch.float16)
+    assert split_row_sums(gm.graph, "cpu") == 1
+    gm.recompile()
+    x = torch.ones(40, BLOCK, 24, dtype=torch.float16)
+    x[0] = 2048 / BLOCK
+    assert (gm(x) == float(2048 + 39 * BLOCK)).all()
+
+
+def test_another_dtype() -> None:
+    check(*traced(lambda x: x.sum([0], dtype=torch.float32), torch.bfloat16), expected=1)
+
+
+STAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda x: x.sum([1]),
+    "everything": lambda x: x.sum([0, 1]),
+    "a row more than blocks": lambda x: torch.cat([x, x[:1]]).sum([0]),
+    "so many rows": lambda x: x[:128].sum([0]),
+    "numbers that are not floating": lambda x: (x > 0).long().sum([0]),
+}
+
+
+@pytest.mark.parametrize("case", STAYS)
+def test_stays(case: str) -> None:
+    gm, x = traced(STAYS[case])
+    check(gm, x, expected=0)
+
+
+def test_many_columns_stay() -> None:
+    check(*traced(lambda x: x.sum([0]), width=20000), expected=0)
+
+
+def test_another_device_stays() -> None:
+    gm, _ = traced(lambda x: x.sum([0]))
+    assert split_row_sums(gm.graph, "cuda") == 0
+
+
+def normed(x: Tensor) -> Tensor:
+    """The gradients of a norm's operand and weight, near enough: one reduces each row, the other sums rows."""
+    scaled = x * 3
+    return scaled.sum([1], True) + (scaled * x).sum([0]) + (x @ x.T @ x).sum([0])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_inductor_sums_while_it_reduces_rows(mixed: bool) -> None:
+    """Rows that are reduced one by one, too, are left to Inductor where it does both at once."""
+    gm, x = traced(normed, torch.float64)
+    wanted = gm(x)
+    with inductor.patch("triton.mix_order_reduction", mixed):
+        assert split_row_sums(gm.graph, "cpu") == (1 if mixed else 2)
+    gm.recompile()
+    torch.testing.assert_close(gm(x), wanted)
