@@ -141,3 +141,4 @@ def register() -> None:
     module = "varlen_inductor.lowering.direct"
     _compat_inductor.lower_to_call(_ops.varlen_attn.default, module, "forward")
     _compat_inductor.lower_to_call(_ops.varlen_attn_backward.default, module, "backward", first_operand=5)
+    _compat_inductor.lower_to_call(_ops.varlen_attn_backward_joined.default, module, "backward_joined", first_operand=5)

@@ -8,12 +8,16 @@ are numbers, nothing that decides between kernels changes from run to run but th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor
 
 from varlen_inductor.ops.attention import debug, default_kernels, run_backward, run_forward, split_arguments
 from varlen_inductor.ops.backends import choose, fallback
+from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.joined import backward_joined_by, run_backward_joined
 from varlen_inductor.ops.problem import Layout, Problem
 from varlen_inductor.ops.validate import check_lengths
 
@@ -49,13 +53,35 @@ def backward(
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
-def site(function: Literal["forward", "backward"], **options: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`forward` or `backward` for one place in generated code, with all options but tensors given.
+def backward_joined(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> Tensor:
+    """``varlen_inductor::varlen_attn_backward_joined``."""
+    layout, rule, kernels = split_arguments(query, *args, **options)
+    kernels = kernels or default_kernels()
+    return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+
+
+def site(function: Literal["forward", "backward", "backward_joined"], **options: Any) -> Callable[..., Any]:
+    """`forward`, `backward` or `backward_joined` for one place in generated code, with all options but tensors given.
 
     Every call must have the same device, dtypes, head counts, head dims and tensors among its options, and at least one query
     row, key row and sequence. ``kernels`` must be among the options.
     """
-    return _forward_site(options) if function == "forward" else _backward_site(options)
+    if function == "forward":
+        return _forward_site(options)
+    if function == "backward":
+        return _backward_site(options, attrgetter("backward"), backward)
+    return _backward_site(options, lambda backend: partial(backward_joined_by, backend), backward_joined)
 
 
 class _Known:
@@ -79,7 +105,7 @@ class _Known:
 
 
 class _Call:
-    """What both sites have: the options, and what is known so far by (max_q, max_k)."""
+    """What all sites have: the options, and what is known so far by (max_q, max_k)."""
 
     def __init__(self, options: dict[str, Any], backward: bool) -> None:
         self.options = options
@@ -109,7 +135,10 @@ def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor
     return attend
 
 
-def _backward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _backward_site(
+    options: dict[str, Any], of: Callable[[Backend], Callable[..., Any]], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``of`` gives what runs the backward with a backend; ``otherwise`` is called where more has to be done."""
     call = _Call(options, backward=True)
     found, look, failed = call.found, call.look, fallback.failed
 
@@ -124,15 +153,15 @@ def _backward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tenso
         value: Tensor,
         *args: Any,
         **tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Any:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
         # The gradient of lse is prepared before a kernel sees it.
         if grad_lse is None and not failed(known.problem, True):
             layout = known.layout(args, tensors)
             try:
-                return known.backend.backward(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
+                return of(known.backend)(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, True)
-        return backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)
+        return otherwise(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)
 
     return differentiate

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops import attention  # noqa: F401  (defines the operator)
+from varlen_inductor.ops.attention import split_arguments  # (defines the operator, too)
+from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.reference import varlen_attn_reference
 
 LENGTHS = {
@@ -138,3 +139,32 @@ def check_against_reference(case: Case, *, lse_gradient: bool = True) -> None:
     ):
         assert_close(grad[:tokens], wanted_grad[:tokens], dtype, f"gradient of {name}", factor=2.0)
         assert torch.equal(grad[tokens:], torch.zeros_like(grad[tokens:])), f"gradient of {name} behind the last sequence"
+
+
+def check_backward_into(case: Case, backend: Backend) -> None:
+    """``backward_into`` of the backend against its ``backward``, in columns of one tensor; those between them do not change."""
+    assert backend.backward_into is not None
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    query, key, value = (x.detach() for x in case.operands[:3])
+    results = backend.forward(query, key, value, layout, rule)
+    grad_out = torch.randn_like(results[0])
+    expected = backend.backward(grad_out, None, *results, query, key, value, layout, rule)
+    widths = [x[0].numel() for x in expected]
+    gap = 16 // query.element_size()
+    memory = query.new_full((max(query.shape[0], key.shape[0]), sum(widths) + 4 * gap), math.nan)
+    untouched = torch.ones_like(memory, dtype=torch.bool)
+    places, start = [], gap
+    for width, x in zip(widths, expected, strict=True):
+        rows, columns = slice(x.shape[0]), slice(start, start + width)
+        untouched[rows, columns] = False
+        places.append(memory[rows, columns].unflatten(1, x.shape[1:]))
+        start = columns.stop + gap
+    backend.backward_into((places[0], places[1], places[2]), grad_out, *results, query, key, value, layout, rule)
+    assert memory[untouched].isnan().all(), "something between the gradients was written"
+    tokens_q, tokens_k = case.tokens()
+    for name, actual, wanted, tokens in zip(
+        ("query", "key", "value"), places, expected, (tokens_q, tokens_k, tokens_k), strict=True
+    ):
+        assert_close(actual[:tokens], wanted[:tokens], query.dtype, f"gradient of {name}", factor=2.0)
+        if not layout.tails_unread:
+            assert torch.equal(actual[tokens:], torch.zeros_like(actual[tokens:])), f"gradient of {name} behind the last sequence"

@@ -181,7 +181,7 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
             # Its code would run, and pass the operator wrong numbers: sizes among the options confuse it.
             raise RuntimeError(f"{op} cannot be called by the code of AOTInductor, which runs without Python")
         outputs: Any = Call.create(op, *args, **kwargs)
-        for output in outputs:
+        for output in _pytree.tree_leaves(outputs):
             # Allocated by the call, so aligned, although Inductor supposes that from unaligned operands come unaligned results.
             V.graph.unaligned_buffers.discard(output.get_name())
         return _pytree.tree_map(boxed, outputs)

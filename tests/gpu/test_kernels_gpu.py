@@ -7,22 +7,31 @@ from typing import Any
 import pytest
 import torch
 
-from attention_cases import LENGTHS, WINDOWS, check_against_reference, make_case
-from varlen_inductor.ops.attention import split_arguments
+from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, check_backward_into, make_case, run
+from varlen_inductor.ops.attention import split_arguments, varlen_attn_backward
 from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.joined import varlen_attn_backward_joined
 from varlen_inductor.ops.problem import Problem
 
 KERNELS = {backend.name: backend for backend in BACKENDS if backend.name not in ("cpu", "math")}
 every_kernel = pytest.mark.parametrize("kernels", KERNELS)
+kernels_that_write_in_place = pytest.mark.parametrize(
+    "kernels", [name for name, backend in KERNELS.items() if backend.backward_into is not None]
+)
 
 
 def check(kernels: str, *lengths: Any, lse_gradient: bool = True, **options: Any) -> None:
+    check_against_reference(supported(kernels, *lengths, **options), lse_gradient=lse_gradient)
+
+
+def supported(kernels: str, *lengths: Any, **options: Any) -> Case:
+    """A case that these kernels run."""
     case = make_case(*lengths, kernels=kernels, device="cuda", **options)
     layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
     reason = KERNELS[kernels].supports(Problem.of(*case.operands[:3], layout, rule))
     if reason is not None:
         pytest.skip(reason)
-    check_against_reference(case, lse_gradient=lse_gradient)
+    return case
 
 
 @every_kernel
@@ -45,3 +54,49 @@ def test_heads_and_dims(heads: tuple[int, int], dims: tuple[int, int], kernels: 
 def test_more_than_64k_tokens(window: str, kernels: str) -> None:
     """Many short sequences: more rows than 16 bits count, and more sequences than some kernels sort."""
     check(kernels, (220, 3) * 300, heads=(2, 1), dims=(64, 64), window=WINDOWS[window], dtype=torch.bfloat16)
+
+
+@kernels_that_write_in_place
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gradients_in_memory_that_is_there(lengths: str, window: str, kernels: str) -> None:
+    for heads in ((4, 4), (4, 2)):
+        case = supported(
+            kernels, *LENGTHS[lengths], heads=heads, dims=(64, 64), window=WINDOWS[window], dtype=torch.bfloat16, tail=5
+        )
+        check_backward_into(case, KERNELS[kernels])
+
+
+@kernels_that_write_in_place
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 96), (128, 128), (160, 160), (256, 256), (64, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1), (1, 1)], ids=str)
+def test_dims_of_gradients_in_memory_that_is_there(heads: tuple[int, int], dims: tuple[int, int], kernels: str) -> None:
+    """Several calls with one bound of the lengths: the later ones go past the Python of some packages."""
+    for lengths in ((130, 1, 517, 64), (517, 0, 3), (2, 517, 181)):
+        for scale in (0.2, -0.2):
+            case = supported(kernels, lengths, heads=heads, dims=dims, window=(-1, 0), dtype=torch.bfloat16, tail=3, scale=scale)
+            check_backward_into(case, KERNELS[kernels])
+
+
+@kernels_that_write_in_place
+def test_many_gradients_in_memory_that_is_there(kernels: str) -> None:
+    for heads in ((2, 2), (2, 1)):
+        case = supported(kernels, (220, 3) * 300, heads=heads, dims=(64, 64), window=(-1, 0), dtype=torch.bfloat16, tail=1000)
+        check_backward_into(case, KERNELS[kernels])
+
+
+@every_kernel
+@pytest.mark.parametrize("tails_unread", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+def test_joined_gradients(heads: tuple[int, int], tails_unread: bool, kernels: str) -> None:
+    options = {"fill": 0.0, "tails_unread": True} if tails_unread else {}
+    for lengths in ((130, 1, 517, 64), (517, 0, 3)):
+        case = supported(kernels, lengths, heads=heads, dims=(64, 64), window=(-1, 0), dtype=torch.bfloat16, tail=3, **options)
+        out, lse, rng_state = (x.detach() for x in run(case))
+        operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in case.operands]
+        given = (torch.randn_like(out), None, out, lse, rng_state, *operands)
+        rows = sum(lengths) if tails_unread else sum(lengths) + 3
+        expected = torch.cat([x.flatten(1) for x in varlen_attn_backward(*given, **case.options)], 1)
+        actual = varlen_attn_backward_joined(*given, **case.options)
+        assert actual.is_contiguous()
+        assert_close(actual[:rows], expected[:rows], torch.bfloat16, "joined gradients", factor=2.0)

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -225,9 +225,10 @@ torch.library.register_fake("varlen_inductor::varlen_attn_backward", _fake_backw
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _below(
-    op: Any, kernel: Callable[..., tuple[Tensor, Tensor, Tensor]], keyset: Any, args: Any, options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+_Results = TypeVar("_Results", Tensor, tuple[Tensor, Tensor, Tensor])
+
+
+def _below(op: Any, kernel: Callable[..., _Results], keyset: Any, args: Any, options: dict[str, Any]) -> _Results:
     """The operator without autograd; its kernel itself where the dispatcher would find nothing else, for that is cheaper."""
     with _compat.below_autograd():
         if _compat.reaches_the_kernel(keyset):
@@ -324,11 +325,11 @@ def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
 
 
 class _NoDoubleBackward(torch.autograd.Function):
-    """The backward operator, which has no gradient itself."""
+    """A backward operator, which has no gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, options: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _below(varlen_attn_backward, _backward, keyset, args, options)
+    def forward(ctx: Any, op: Any, kernel: Callable[..., _Results], keyset: Any, options: dict[str, Any], *args: Any) -> _Results:
+        return _below(op, kernel, keyset, args, options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -338,15 +339,20 @@ class _NoDoubleBackward(torch.autograd.Function):
         )
 
 
-def _autograd_backward(keyset: Any, *args: Any, **options: Any) -> Any:
-    below = _compat.keys_after_autograd(keyset)
-    if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:8]):
-        return _NoDoubleBackward.apply(below, options, *args)
-    return _below(varlen_attn_backward, _backward, below, args, options)
+def without_double_backward(op: Any, kernel: Callable[..., _Results]) -> Callable[..., Any]:
+    """What autograd does with ``op``, an operator with the arguments of the backward, whose kernel is ``kernel``."""
+
+    def autograd(keyset: Any, *args: Any, **options: Any) -> Any:
+        below = _compat.keys_after_autograd(keyset)
+        if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:8]):
+            return _NoDoubleBackward.apply(op, kernel, below, options, *args)
+        return _below(op, kernel, below, args, options)
+
+    return autograd
 
 
 LIBRARY.impl("varlen_attn", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("varlen_attn_backward", _autograd_backward, "Autograd", with_keyset=True)
+LIBRARY.impl("varlen_attn_backward", without_double_backward(varlen_attn_backward, _backward), "Autograd", with_keyset=True)
 
 
 # --- autocast --------------------------------------------------------------------------------------------------------

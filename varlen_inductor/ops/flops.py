@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from varlen_inductor.ops import attention, into  # noqa: F401  (defines the operators)
+from varlen_inductor.ops import attention, into, joined  # noqa: F401  (defines the operators)
+
+_ops = torch.ops.varlen_inductor
 
 
-@register_flop_formula(torch.ops.varlen_inductor.varlen_attn, get_raw=True)
+@register_flop_formula(_ops.varlen_attn, get_raw=True)
 def forward_flops(
     query: Tensor,
     key: Tensor,
@@ -34,13 +36,13 @@ def forward_flops(
     return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[-1])
 
 
-@register_flop_formula(torch.ops.varlen_inductor.varlen_attn_out, get_raw=True)
+@register_flop_formula(_ops.varlen_attn_out, get_raw=True)
 def out_flops(out: Tensor, *args: Any, **options: Any) -> int:
     """Those of the forward."""
     return forward_flops(*args, **options)
 
 
-@register_flop_formula(torch.ops.varlen_inductor.varlen_attn_backward, get_raw=True)
+@register_flop_formula([_ops.varlen_attn_backward, _ops.varlen_attn_backward_joined], get_raw=True)
 def backward_flops(
     grad_out: Tensor,
     grad_lse: Tensor | None,

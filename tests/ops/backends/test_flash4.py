@@ -12,7 +12,7 @@ import pytest
 import torch
 from flash4_stand_in import FlashAttn4
 
-from attention_cases import LENGTHS, WINDOWS, check_against_reference, make_case, run
+from attention_cases import LENGTHS, WINDOWS, check_against_reference, check_backward_into, make_case, run
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import flash4
 from varlen_inductor.ops.backends.packages import load
@@ -61,6 +61,43 @@ def test_head_dims(dims: tuple[int, int], heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_scales_that_the_kernels_do_not_take(scale: float) -> None:
     check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale))
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (64, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_gradients_in_memory_that_is_there(dims: tuple[int, int], heads: tuple[int, int]) -> None:
+    """What the kernels cannot write (padded head dims, a gradient with the wrong sign) is copied to it."""
+    for scale in (0.3, -0.5, 0.0):
+        for unread in (False, True):
+            case = make_case((5, 0, 70), heads=heads, dims=dims, window=(-1, 0), tail=3, fill=0.0, scale=scale, tails_unread=unread)
+            check_backward_into(case, flash4.BACKEND)
+    check_backward_into(make_case((3, 1, 4), (9, 0, 4), heads=heads, dims=dims), flash4.BACKEND)
+
+
+def test_later_calls_write_to_the_memory_of_the_call(package: FlashAttn4) -> None:
+    """One note for contiguous gradients and for columns of a tensor: the compiled kernels take both."""
+    for heads in ((2, 2), (4, 2)):
+        for lengths in ((70, 9), (3, 1, 8), (70, 30, 5, 5)):
+            case = make_case(lengths, heads=heads, dims=(32, 32), window=(-1, 0), tail=4)._replace(max_q=70, max_k=70)
+            check_backward_into(case, flash4.BACKEND)
+    assert package.calls["backward"] == 2
+    assert package.calls["kernel bwd"] == 12
+    assert all(isinstance(note, Note) for note in notes())
+
+
+def test_joined_gradients(package: FlashAttn4) -> None:
+    """The kernels write to the one tensor, and a call is noted as any other."""
+    for lengths in ((70, 9), (3, 1, 8)):
+        case = make_case(lengths, heads=(4, 2), dims=(32, 32), window=(-1, 0))._replace(max_q=70, max_k=70)
+        operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in case.operands]
+        results = [x.detach() for x in run(case)]
+        grad_out = torch.randn_like(results[0])
+        expected = torch.ops.varlen_inductor.varlen_attn_backward(grad_out, None, *results, *operands, **case.options)
+        for _ in range(2):
+            actual = torch.ops.varlen_inductor.varlen_attn_backward_joined(grad_out, None, *results, *operands, **case.options)
+            assert torch.equal(actual, torch.cat([x.flatten(1) for x in expected], 1))
+    assert package.calls["backward"] == 1
+    assert package.calls["kernel bwd"] == 6
 
 
 def test_what_the_caller_holds_is_left_alone() -> None:
@@ -161,6 +198,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     supports = flash4.supports
     assert supports(PROBLEM) is None
     assert supports(PROBLEM._replace(head_dim=256, head_dim_v=96, window_left=3)) is None
+    shared = PROBLEM._replace(num_heads_k=2, head_dim_v=128)
+    assert supports(shared) is None
+    assert supports(shared._replace(head_dim=192)) == (
+        "its backward shares heads only if key and value have one head dim, not 192 and 128"
+    )
+    assert supports(shared._replace(head_dim=192, num_heads_k=4)) is None
     assert supports(PROBLEM._replace(head_dim=72)) == "its head dims are multiples of 32, not 72 and 64"
     assert supports(PROBLEM._replace(head_dim_v=40)) == "its head dims are multiples of 32, not 64 and 40"
     assert supports(PROBLEM._replace(seqused_k=True)) == "it reads past the keys in use (seqused_k)"

@@ -24,11 +24,15 @@ def check() -> None:
         assert (lse[:, end_q:] == -math.inf).all()
         assert lse[:, :end_q].isinf().sum() == (1 if end_q else 0)
 
-        grads = (torch.ones(tokens, 4, 8), torch.ones(tokens, 2, 8), torch.ones(tokens, 2, 16))
-        rows.finish_backward(grads, cu_seq_q, cu_seq_k)
-        for grad, end in zip(grads, (end_q, end_k, end_k)):
-            assert (grad[:end] == 1.0).all()
-            assert (grad[end:] == 0.0).all()
+        joined = torch.ones(tokens, 90)
+        apart = (torch.ones(tokens, 4, 8), torch.ones(tokens, 2, 8), torch.ones(tokens, 2, 16))
+        columns = tuple(x.unflatten(1, (-1, dim)) for x, dim in zip(joined.split([32, 16, 32, 10], 1), (8, 8, 16)))
+        for grads in (apart, (columns[0], columns[1], columns[2])):
+            rows.finish_backward(grads, cu_seq_q, cu_seq_k)
+            for grad, end in zip(grads, (end_q, end_k, end_k)):
+                assert (grad[:end] == 1.0).all()
+                assert (grad[end:] == 0.0).all()
+        assert (joined[:, 80:] == 1.0).all()
 
 
 def test_operations() -> None:

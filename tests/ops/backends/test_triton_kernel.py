@@ -8,7 +8,17 @@ import tempfile
 import pytest
 import torch
 
-from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, offsets, reference, run
+from attention_cases import (
+    LENGTHS,
+    WINDOWS,
+    assert_close,
+    check_against_reference,
+    check_backward_into,
+    make_case,
+    offsets,
+    reference,
+    run,
+)
 from paged_cases import in_pages, strided_table
 from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops import backends
@@ -188,6 +198,15 @@ def check_out() -> None:
             assert torch.equal(lse, expected_lse)
 
 
+def check_gradients_in_memory_that_is_there() -> None:
+    small_blocks_on_the_cpu()
+    for heads, dims in (((2, 2), (16, 16)), ((4, 2), (8, 24)), ((3, 1), (40, 20))):
+        check_backward_into(make_case((20, 0, 33), heads=heads, dims=dims, window=(-1, 0), tail=3), triton_kernel.BACKEND)
+    check_backward_into(make_case((20, 3), (35, 4), dims=(16, 16), scale=-0.5, tail=1), triton_kernel.BACKEND)
+    used = torch.tensor([9, 0, 20], dtype=torch.int32)
+    check_backward_into(make_case((20, 20, 20), dims=(16, 16), seqused_k=used, tail=2), triton_kernel.BACKEND)
+
+
 def check_wide_windows() -> None:
     """A side that is no limit, added to a place, is no 32-bit number."""
     small_blocks_on_the_cpu()
@@ -224,6 +243,7 @@ def check_batch() -> None:
         "check_offsets_beyond_32_bits",
         "check_wide_windows",
         "check_out",
+        "check_gradients_in_memory_that_is_there",
         "check_batch",
     ],
 )

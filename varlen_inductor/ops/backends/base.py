@@ -26,9 +26,9 @@ Backward = Callable[
 BackwardInto = Callable[
     [tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, Rule], None
 ]
-"""``(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)``: as ``Backward`` without a gradient of lse, written to
-``grads``: tensors (T_q, H, D), (T_k, H_k, D), (T_k, H_k, D_v) with contiguous heads and any step from row to row that is a multiple
-of 16 bytes."""
+"""``(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)``: as ``Backward`` without a gradient of lse, written
+to ``grads``: tensors (T_q, H, D), (T_k, H_k, D), (T_k, H_k, D_v) with contiguous heads and any step from row to row that is a
+multiple of 16 bytes, as is the address of the first row. What lies between their rows is left alone."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,8 +64,44 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    grad_out, query, key, value = (_last_dim_contiguous(x) for x in (grad_out, query, key, value))
     grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    return grads
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """The same into ``grads``; see ``BackwardInto``."""
+    for grad in grads:
+        grad.zero_()
+    _differentiate(grads, grad_out, None, out, lse, rng_state, query, key, value, layout, rule)
+
+
+def _differentiate(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes ``grads``, which are zeros, where a query sees keys."""
+    grad_out, query, key, value = (_last_dim_contiguous(x) for x in (grad_out, query, key, value))
     generator = math.replay(rng_state)
     # PyTorch's kernel takes no gradient for its lse.
     flash = query.shape[2] == value.shape[2] and grad_lse is None
@@ -77,7 +113,6 @@ def backward(
             math.run_backward(run, grad_out, grad_lse, lse, query, key, value, grads, layout, rule, generator)
         else:
             _flash_run_backward(run, grad_out, out, lse, query, key, value, grads, causal, rule.scale)
-    return grads
 
 
 def _flash_causal(run: Run, layout: Layout, rule: Rule) -> bool | None:
@@ -157,4 +192,4 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-BACKEND = Backend("cpu", supports, forward, backward, reads_lengths=True)
+BACKEND = Backend("cpu", supports, forward, backward, backward_into=backward_into, reads_lengths=True)

@@ -14,9 +14,13 @@ They read up to a block behind the last row of a sequence (`tails` makes that ha
 the launch, so calls are noted and made again without it (`replay`).
 
 Run by us on an H100 with PyTorch 2.11 and 4.0.0b36, against the reference: forward and backward with head dims 32, 64, 96, 128, 192
-and 256 (and 96 with 64, 64 with 128, 128 with 64, 192 with 128), shared heads, windows of every kind, a gradient of lse, 300
+and 256 (and 96 with 64, 64 with 128, 128 with 64, 192 with 128), shared heads (but not where value has the smaller head dim: there
+the backward asserts that heads are not shared, and such problems are refused), windows of every kind, a gradient of lse, 300
 sequences, a CUDA graph, and the deterministic backward. There a number of tokens compiled nothing, and calls were noted. Other
 releases were read and not run, and nothing was run on a device of compute capability 10.
+
+The compiled backward writes gradients in any strides that are multiples of 16 bytes, the last dim contiguous, and what it is
+compiled for says nothing of those strides: read in 4.0.0b36, and not run.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.base import Backend, unknown_option
-from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, narrowed, positive_scale, ready
+from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
 from varlen_inductor.ops.backends.rows import finish_backward, finish_forward
@@ -83,6 +87,8 @@ def supports(problem: Problem) -> str | None:
         return f"its head dim is at most {most} here, not {max(problem.head_dim, problem.head_dim_v)}"
     if problem.head_dim % HEAD_DIMS or problem.head_dim_v % HEAD_DIMS:
         return f"its head dims are multiples of {HEAD_DIMS}, not {problem.head_dim} and {problem.head_dim_v}"
+    if problem.num_heads != problem.num_heads_k and problem.head_dim > problem.head_dim_v:
+        return f"its backward shares heads only if key and value have one head dim, not {problem.head_dim} and {problem.head_dim_v}"
     if problem.seqused_k:
         # It reads behind the keys in use, and those rows are the caller's: they may hold anything and must not be written.
         return "it reads past the keys in use (seqused_k)"
@@ -169,24 +175,61 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    _differentiate(grads, grad_out, grad_lse, out, lse, query, key, value, layout, rule)
+    return grads
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """The same into ``grads``; see ``BackwardInto``. The kernels take any strides there but of the last dim."""
+    _differentiate(grads, grad_out, None, out, lse, query, key, value, layout, rule)
+
+
+def _differentiate(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes all rows of ``grads``."""
     factor = 1.0
     if rule.scale <= 0.0:
         query, rule, factor = positive_scale(query, rule)
     q, k, v, sizes = _operands(query, key, value)
     rows, heads, dim, rows_k, heads_k, dim_v = sizes
     o, g = _readable(out, heads, dim_v), _readable(grad_out, heads, dim_v)
-    grads = q.new_empty(rows, heads, dim), k.new_empty(rows_k, heads_k, dim), v.new_empty(rows_k, heads_k, dim_v)
+    theirs = grads
+    as_wanted = factor == 1.0 and dim == query.shape[2]
+    if not as_wanted:
+        theirs = q.new_empty(rows, heads, dim), k.new_empty(rows_k, heads_k, dim), grads[2]
     way, more = ("backward", ()) if grad_lse is None else ("backward, lse", (grad_lse.float().contiguous(),))
     if layout.tails_unread:
-        _run(way, (q, k, v, o, g, lse, *grads, *more), sizes, layout, rule)
+        _run(way, (q, k, v, o, g, lse, *theirs, *more), sizes, layout, rule)
     else:
         with finite_behind((q, g), (k, v), layout) as (q, g, k, v):
-            _run(way, (q, k, v, o, g, lse, *grads, *more), sizes, layout, rule)
-    if factor != 1.0 or dim != query.shape[2]:
-        grads = narrowed(grads[0] * factor, query.shape[2]), narrowed(grads[1], key.shape[2]), grads[2]
+            _run(way, (q, k, v, o, g, lse, *theirs, *more), sizes, layout, rule)
+    if not as_wanted:
+        torch.mul(theirs[0][..., : query.shape[2]], factor, out=grads[0])
+        grads[1].copy_(theirs[1][..., : key.shape[2]])
     if not layout.tails_unread:
         finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
-    return grads
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int, int, int]]:
@@ -270,4 +313,4 @@ def _call(
     )
 
 
-BACKEND = Backend("flash4", supports, forward, backward)
+BACKEND = Backend("flash4", supports, forward, backward, backward_into=backward_into)

@@ -68,11 +68,45 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
     grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    _differentiate(grads, grad_out, grad_lse, lse, rng_state, query, key, value, layout, rule)
+    return grads
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """The same into ``grads``; see ``BackwardInto``."""
+    for grad in grads:
+        grad.zero_()
+    _differentiate(grads, grad_out, None, lse, rng_state, query, key, value, layout, rule)
+
+
+def _differentiate(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes ``grads``, which are zeros, where a query sees keys."""
     generator = replay(rng_state)
     for run in runs(layout):
         if run.k_len > 0:
             run_backward(run, grad_out, grad_lse, lse, query, key, value, grads, layout, rule, generator)
-    return grads
 
 
 def run_forward(
@@ -293,4 +327,4 @@ def _dropout(probabilities: Tensor, rule: Rule, generator: torch.Generator | Non
     return Dropout(bits >= dropped - DROPOUT_STEPS // 2, DROPOUT_STEPS / (DROPOUT_STEPS - dropped))
 
 
-BACKEND = Backend("math", supports, forward, backward, reads_lengths=True)
+BACKEND = Backend("math", supports, forward, backward, backward_into=backward_into, reads_lengths=True)

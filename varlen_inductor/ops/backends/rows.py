@@ -29,7 +29,7 @@ BLOCK = 4096
 def finish_forward(out: Tensor, lse: Tensor, cu_seq_q: Tensor) -> None:
     """In ``out`` (T_q, H, D) zeroes the rows behind the last sequence; in ``lse`` (H, T_q) makes them, and +inf, -inf."""
     if _with_triton(out):
-        numbers = (out.shape[0], out.stride(0), lse.numel(), cu_seq_q.shape[0] - 1)
+        numbers = (out.shape[0], out.shape[1] * out.shape[2], out.stride(0), lse.numel(), cu_seq_q.shape[0] - 1)
         key = (out.device, out.dtype, cu_seq_q.data_ptr() % 16, *map(kind, numbers))
         _launch_forward((PROGRAMS, 1, 1), key, out, lse, cu_seq_q, *numbers, BLOCK)
         return
@@ -39,12 +39,13 @@ def finish_forward(out: Tensor, lse: Tensor, cu_seq_q: Tensor) -> None:
 
 
 def finish_backward(grads: tuple[Tensor, Tensor, Tensor], cu_seq_q: Tensor, cu_seq_k: Tensor) -> None:
-    """Zeroes the rows behind the last sequence in the gradients of query, key and value, which are contiguous."""
+    """Zeroes the rows behind the last sequence in the gradients of query, key and value (T, H, D), whose heads are contiguous."""
     grad_query, grad_key, grad_value = grads
     if _with_triton(grad_query):
         rows = (grad_query.shape[0], grad_key.shape[0], cu_seq_q.shape[0] - 1)
-        numbers = (*rows, grad_query.stride(0), grad_key.stride(0), grad_value.stride(0))
-        aligned = (cu_seq_q.data_ptr() % 16, cu_seq_k.data_ptr() % 16)
+        sizes = [x.shape[1] * x.shape[2] for x in grads]
+        numbers = (*rows, *sizes, grad_query.stride(0), grad_key.stride(0), grad_value.stride(0))
+        aligned = [x.data_ptr() % 16 for x in (*grads, cu_seq_q, cu_seq_k)]
         key = (grad_query.device, grad_query.dtype, *aligned, *map(kind, numbers))
         _launch_backward((PROGRAMS, 1, 1), key, *grads, cu_seq_q, cu_seq_k, *numbers, BLOCK)
         return
@@ -60,17 +61,17 @@ def _with_triton(x: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _zero_behind(x, end, rows, row_size, BLOCK: tl.constexpr):
-        program, programs = tl.program_id(0), tl.num_programs(0)
-        stop = rows.to(tl.int64) * row_size
-        for start in range(tl.load(end).to(tl.int64) * row_size + program * BLOCK, stop, programs * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < stop)
+    def _zero_behind(x, end, rows, row_size, stride, BLOCK: tl.constexpr):
+        for row in range(tl.load(end) + tl.program_id(0), rows, tl.num_programs(0)):
+            place = x + tl.cast(row, tl.int64) * stride
+            for start in range(0, row_size, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                tl.store(place + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < row_size)
 
     @triton.jit
-    def _finish_forward(out, lse, ends, rows, row_size, lse_size, sequences, BLOCK: tl.constexpr):
+    def _finish_forward(out, lse, ends, rows, row_size, stride, lse_size, sequences, BLOCK: tl.constexpr):
         end = ends + sequences
-        _zero_behind(out, end, rows, row_size, BLOCK)
+        _zero_behind(out, end, rows, row_size, stride, BLOCK)
         program, programs = tl.program_id(0), tl.num_programs(0)
         first_behind = tl.load(end)
         for start in range(program * BLOCK, lse_size, programs * BLOCK):
@@ -92,10 +93,13 @@ if triton is not None:
         row_size_q,
         row_size_k,
         row_size_v,
+        stride_q,
+        stride_k,
+        stride_v,
         BLOCK: tl.constexpr,
     ):
-        _zero_behind(grad_query, ends_q + sequences, rows_q, row_size_q, BLOCK)
-        _zero_behind(grad_key, ends_k + sequences, rows_k, row_size_k, BLOCK)
-        _zero_behind(grad_value, ends_k + sequences, rows_k, row_size_v, BLOCK)
+        _zero_behind(grad_query, ends_q + sequences, rows_q, row_size_q, stride_q, BLOCK)
+        _zero_behind(grad_key, ends_k + sequences, rows_k, row_size_k, stride_k, BLOCK)
+        _zero_behind(grad_value, ends_k + sequences, rows_k, row_size_v, stride_v, BLOCK)
 
     _launch_forward, _launch_backward = Launcher(_finish_forward), Launcher(_finish_backward)

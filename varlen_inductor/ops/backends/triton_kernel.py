@@ -147,23 +147,59 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    return grads
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """The same into ``grads``; see ``BackwardInto``."""
+    _differentiate(grads, grad_out, None, out, lse, rng_state, query, key, value, layout, rule)
+
+
+def _differentiate(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes all rows of ``grads``, whose last dims are contiguous."""
+    grad_query, grad_key, grad_value = grads
     query, scale = _positive_scale(query, rule.scale)
     operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
+    strides_q, strides_kv = grad_query.stride()[:2], (*grad_key.stride()[:2], *grad_value.stride()[:2])
     data = _data(layout, rule, rng_state)
     sequences, scales, tiles = _sequences(layout), _scales(scale, rule), _tiles(query, value, rule)
-    kinds = _kinds(query, key, value, grad_out, *data)
+    kinds = _kinds(query, key, value, grad_out, *grads, *data)
     blocks = tiles.query_gradient
     constants = _constants(query, key, value, rule, blocks)
     _launcher("triton_backward", "query_kernel")(
         (-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1),
-        (kinds, strides, rule, constants),
+        (kinds, strides, strides_q, rule, constants),
         *operands,
         grad_query,
         *data,
         *strides,
-        *grad_query.stride()[:2],
+        *strides_q,
         sequences,
         query.shape[0],
         *scales,
@@ -177,14 +213,13 @@ def backward(
     constants = _constants(query, key, value, rule, blocks)
     _launcher("triton_backward", "key_kernel")(
         (-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1),
-        (kinds, strides, rule, constants),
+        (kinds, strides, strides_kv, rule, constants),
         *operands,
         grad_key,
         grad_value,
         *data,
         *strides,
-        *grad_key.stride()[:2],
-        *grad_value.stride()[:2],
+        *strides_kv,
         sequences,
         query.shape[0],
         key.shape[0],
@@ -195,7 +230,6 @@ def backward(
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
-    return grad_query, grad_key, grad_value
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, layout: Layout) -> Tensor:
@@ -349,4 +383,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward, forward_into)
+BACKEND = Backend("triton", supports, forward, backward, forward_into, backward_into)
