@@ -1,8 +1,8 @@
 """Gradients of query, key and value that one projection made, written where its gradient wants them.
 
-Where a model projects to query, key and value at once, its backward puts their three gradients side by side in one tensor: a copy of
-all of them (26.8 us beside 134 us for the attention's backward, on one H100; benchmarks/model.py, B 32, S 512). Kernels that write to
-rows with any step between them write them there right away.
+Where a model projects to query, key and value at once, its backward puts their three gradients side by side in one tensor: a copy
+of all of them (26.8 us beside 134 us for the attention's backward, on one H100; benchmarks/model.py, B 32, S 512). Kernels that
+write to rows with any step between them write them there right away.
 
     before                                                        after
     %g = varlen_attn_backward(...)                                %j = varlen_attn_backward_joined(...)    # (T, 3 * H * D)
@@ -27,7 +27,7 @@ _ops = torch.ops.varlen_inductor
 
 
 def join_gradients(graph: fx.Graph) -> int:
-    """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; the number of attentions that were joined."""
+    """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; how many attentions were joined."""
     if _compat_inductor.compiles_ahead_of_time():
         return 0
     joined = 0
@@ -47,12 +47,13 @@ def _attention_of(cat: fx.Node) -> fx.Node | None:
         return None
     attention: fx.Node | None = None
     for place, piece in enumerate(pieces):
-        at, x = piece, tensor(piece)
+        at: Any = piece
+        x = tensor(piece)
         while calls(at, aten.reshape, aten.view, aten.unsqueeze, aten.squeeze):
             at = at.args[0]
         if x is None or not isinstance(at, fx.Node) or at.target is not operator.getitem or at.args[1] != place:
             return None
-        found = at.args[0]
+        found: Any = at.args[0]
         if not calls(found, _ops.varlen_attn_backward) or attention not in (None, found):
             return None
         attention = found
@@ -91,7 +92,7 @@ def _join(graph: fx.Graph, attention: fx.Node, cat: fx.Node) -> None:
         joined = graph.call_function(_ops.varlen_attn_backward_joined.default, attention.args, attention.kwargs)
         joined.meta = {**attention.meta, "val": _ops.varlen_attn_backward_joined.default(*args, **kwargs)}
         for piece in list(attention.users):
-            place = piece.args[1]
+            place: Any = piece.args[1]
             start = sum(widths[:place])
             columns = call(piece, aten.slice.Tensor, joined, 1, start, start + widths[place])
             rows = call(piece, aten.view.default, columns, [-1, *piece.meta["val"].shape[1:]])

@@ -47,7 +47,8 @@ def _chunk(node: fx.Node, device_type: str) -> int:
     x = tensor(node.args[0])
     if x is None or x.device.type != device_type or x.dim() < 2 or not x.dtype.is_floating_point:
         return 0
-    if [d % x.dim() for d in arguments(node)["dim"] or ()] != [0]:
+    dims: Any = arguments(node)["dim"]
+    if [d % x.dim() for d in dims or ()] != [0]:
         return 0
     rows, *rest = x.shape
     if not isinstance(rows, torch.SymInt) or not all(isinstance(n, int) for n in rest):
@@ -83,7 +84,8 @@ def _reduces_rows(node: fx.Node) -> bool:
     """Whether each row of a matrix is reduced to a number, as by norms and their gradients."""
     if node.op != "call_function" or node.target not in _REDUCTIONS:
         return False
-    x, dims = tensor(node.args[0]), node.args[1]
+    x = tensor(node.args[0])
+    dims: Any = node.args[1]
     return x is not None and isinstance(dims, (list, tuple)) and [d % x.dim() for d in dims] == [x.dim() - 1]
 
 

@@ -1,9 +1,9 @@
 """Plan and body: how a packed graph runs.
 
-The number of valid tokens is known only when the data is. The *plan* finds it (one host synchronisation), rounded up so that
-few different numbers occur, and the *body* gets the packed rows' indices in blocks of a fixed length, whose number is an ordinary
-dynamic size: one compiled graph for all numbers, in which every number of rows is known to be a multiple of a block. When packing cannot pay, or a fact that it relies on does not hold, the padded graph
-runs, exactly as the user wrote it.
+The number of valid tokens is known only when the data is. The *plan* finds it (one host synchronisation), rounded up so that few
+different numbers occur, and the *body* gets the packed rows' indices in blocks of a fixed length, whose number is an ordinary
+dynamic size: one compiled graph for all numbers, in which every number of rows is known to be a multiple of a block. When packing
+cannot pay, or a fact that it relies on does not hold, the padded graph runs, exactly as the user wrote it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import varlen_inductor
-import varlen_inductor.lowering
 from varlen_inductor import config
 from varlen_inductor.backend import varlen_inductor as backend
 from varlen_inductor.lowering import joined_gradients
@@ -35,9 +33,10 @@ def backward_graph(place: Callable[[Gradients], Any], heads_k: int = H, dim_v: i
     out, lse, rng = ops.varlen_attn(query, key, value, OFFSETS, OFFSETS, 7, 7)
 
     def graph(*operands: Tensor) -> Any:
-        return place(ops.varlen_attn_backward(operands[0], None, *operands[1:], OFFSETS, OFFSETS, 7, 7, kernels="cpu"))
+        grad, *others = operands
+        return place(ops.varlen_attn_backward(grad, None, *others, others[-1], 7, 7, kernels="cpu"))
 
-    operands = [grad, out, lse, rng, query, key, value]
+    operands = [grad, out, lse, rng, query, key, value, OFFSETS]
     return make_fx(graph, tracing_mode="fake")(*operands), operands
 
 

@@ -18,7 +18,9 @@ aten = torch.ops.aten
 BLOCK = 64
 
 
-def traced(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24) -> tuple[fx.GraphModule, Tensor]:
+def traced(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24
+) -> tuple[fx.GraphModule, Tensor]:
     """The graph of ``function`` of rows (T, width) that come in blocks, T a symbol times 64; and the operand of the graph."""
 
     def of_blocks(x: Tensor) -> Tensor:
