@@ -49,7 +49,7 @@ class StandIn:
         self.layouts = cudnn_plan.layouts_of(key)
         self.token_strides = tuple(self.layouts[name][1][2] for name in self.names)
         self.most_rows = 10**6
-        self.scratch = cudnn_plan.scratch_of(key, len(self.names), WORKSPACE)
+        self.scratch = cudnn_plan.scratch_of(key, self.token_strides, WORKSPACE)
 
     def run(self, index: int, stream: int, pointers: tuple[int, ...], workspace: int) -> None:
         key, count = self.key, len(self.names)
@@ -309,7 +309,7 @@ def check_places() -> None:
             lse[1, 3] = math.inf
             assert torch.equal(memory(places.stats, 280, torch.float32).view(70, 4), lse.t())
         else:
-            places = cudnn_rows.place(plan, layout, torch.empty(70, 4, 8), STREAM)
+            places = cudnn_rows.place(plan, layout, torch.empty(4, 70), STREAM)
         assert all(pointer % 16 == 0 for pointer in (*places.pointers, places.stats, places.workspace))
         assert places.workspace + WORKSPACE <= min(places.pointers)
         dtype = torch.int64 if wide else torch.int32
@@ -339,7 +339,7 @@ def check_finish() -> None:
         rule = Rule(1.0, window_right=right)
         key = Key(True, ends_q.device, torch.float32, 4, 256, 128, 3, 1, 8, 16, strides, False, False, rule)
         plan: Any = StandIn(key)
-        places = cudnn_rows.place(plan, layout, torch.empty(160, 3, 8), STREAM)
+        places = cudnn_rows.place(plan, layout, torch.empty(3, 160), STREAM)
         stats = cudnn_rows.stats_of(plan, places, 160).copy_(torch.randn(160, 3))
         out, lse = torch.ones(160, 3, 16), torch.empty(3, 160)
         cudnn_rows.finish_forward(plan, layout, places, out, lse, STREAM)
@@ -403,10 +403,10 @@ def test_later_launches_get_the_same_as_the_first(has_used: bool, monkeypatch: p
     for backward in (False, True):
         strides = ((32, 8, 1), (16, 8, 1), (16, 8, 1), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1))[: 7 if backward else 3]
         plans.append(StandIn(Key(backward, ends.device, torch.float32, 2, 128, 128, 4, 2, 8, 8, strides, False, False, Rule(1.0))))
-    memory = {plan: cudnn_rows._new_places(plan, query, 7) for plan in plans}
-    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, x, tokens: memory[plan])
+    memory = {plan: cudnn_rows._new_places(plan, lse) for plan in plans}
+    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, lse: memory[plan])
     for _ in range(2):
-        places = cudnn_rows.place(plans[0], layout, query, STREAM)
+        places = cudnn_rows.place(plans[0], layout, lse, STREAM)
         cudnn_rows.finish_forward(plans[0], layout, places, query, lse, STREAM)
         cudnn_rows.place_backward(plans[1], layout, lse, STREAM)
     assert [name for name, *_ in log] == ["place", "finish_forward", "place_backward"] * 2

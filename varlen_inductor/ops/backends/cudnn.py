@@ -84,11 +84,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     value, strides_v, at_v = _readable(value)
     plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule)
     tokens, heads, _ = query.shape
-    out = query.new_empty((tokens, heads, value.shape[2]))
-    lse = query.new_empty((heads, tokens), dtype=torch.float32)
-    rng_state = _new_rng_state(query, rule)
+    out = query.new_empty(tokens, heads, value.shape[2])
+    float32, uint64 = _empty(query)
+    lse = float32.new_empty(heads, tokens)
+    rng_state = uint64.new_empty(0) if rule.dropout_p == 0.0 else _new_rng_state(query)
     stream = _compat.current_stream_pointer(index)
-    places = place(plan, layout, query, stream)
+    places = place(plan, layout, lse, stream)
     pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
     plan.run(index, stream, pointers, places.workspace)
     finish_forward(plan, layout, places, out, lse, stream)
@@ -112,7 +113,7 @@ def backward(
         query, rule, sign = positive_scale(query, rule)
         grad_query, grad_key, grad_value = backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
         return grad_query * sign, grad_key, grad_value
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grads = query.new_empty(*query.shape), key.new_empty(*key.shape), value.new_empty(*value.shape)
     backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
     if grad_lse is None:
         return grads
@@ -249,9 +250,20 @@ def _readable(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     return x, x.stride(), x.data_ptr()
 
 
-def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
-    if rule.dropout_p == 0.0:
-        return query.new_empty(0, dtype=torch.uint64)
+_empties: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Without elements, float32 and uint64, on the device of ``x``: PyTorch makes a tensor like another sooner than of a dtype."""
+    empties = _empties.get(x.get_device())
+    if empties is None:
+        empties = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.uint64)
+        if type(empties[0]) is Tensor:
+            _empties[x.get_device()] = empties
+    return empties
+
+
+def _new_rng_state(query: Tensor) -> Tensor:
     # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
     return torch.randint(0, 2**31, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 

@@ -67,17 +67,22 @@ class Scratch(NamedTuple):
     """Where the offsets of each tensor are, in the plan's order, then where the numbers of queries and of keys are."""
     stats: int
     """Where (T, H) float32 begin."""
+    arguments: tuple[int, ...]
+    """Of the kernel that writes offsets and numbers, as far as they follow from the plan: how many of each it writes, ``pitch``,
+    where the numbers of queries are, in numbers of 32 bits, the rows' strides of ``BACKWARD``, and whether offsets are wide."""
 
 
-def scratch_of(key: Key, tensors: int, workspace_size: int) -> Scratch:
-    """For a plan of so many ``tensors`` with rows."""
+def scratch_of(key: Key, token_strides: tuple[int, ...], workspace_size: int) -> Scratch:
+    """For a plan with tensors of these strides from row to row."""
     pitch = -(-(key.sequences + 1) // 4) * 4
     row = 4 * pitch
     step = 2 * row if key.wide else row
     lengths = -(-workspace_size // 16) * 16
     offsets = lengths + 2 * row
-    stats = offsets + tensors * step
-    return Scratch(pitch, lengths, (*range(offsets, stats, step), lengths, lengths + row), stats)
+    stats = offsets + len(token_strides) * step
+    padding = (0,) * (len(BACKWARD) - len(token_strides))
+    arguments = (key.sequences, pitch, lengths // 4, *token_strides, *padding, key.wide)
+    return Scratch(pitch, lengths, (*range(offsets, stats, step), lengths, lengths + row), stats, arguments)
 
 
 class Plan:
@@ -101,7 +106,7 @@ class Plan:
         self.token_strides = tuple(layouts[name][1][2] for name in self.names)
         self.most_rows = (2**63 if key.wide else 2**31) // max(self.token_strides) - 1
         graph = _build(key, layouts, self.names)
-        self.scratch = scratch_of(key, len(self.names), graph.get_workspace_size())
+        self.scratch = scratch_of(key, self.token_strides, graph.get_workspace_size())
         graph._prepare_variant_pack_template()
         order = list(graph._get_variant_pack_uids_sorted())
         count = 2 * len(self.names) + (4 if key.rule.dropout_p > 0.0 else 2)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.cudnn_plan import BACKWARD, OF_QUERIES, Plan
+from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Plan
 from varlen_inductor.ops.backends.launch import Launcher, kind
 from varlen_inductor.ops.problem import UNBOUNDED, Layout
 
@@ -38,25 +38,25 @@ class Places(NamedTuple):
     """The memory of a call, with where the sequences lie, and its addresses for cuDNN."""
 
     buffer: Tensor
-    """Owns the memory: int32, laid out as ``Plan.scratch`` says."""
+    """Owns the memory: float32 for stats, laid out as ``Plan.scratch`` says."""
     workspace: int
     stats: int
     pointers: tuple[int, ...]
     """Of the offsets of each tensor in the plan's order, then of the numbers of queries and of keys."""
 
 
-def place(plan: Plan, layout: Layout, query: Tensor, stream: int) -> Places:
-    """Write down where the sequences lie, for a forward of ``query`` (T, H, D). ``stream`` is the current one, as a number."""
-    places = _new_places(plan, query, query.shape[0])
-    if not _with_triton(query):
-        _place(plan, layout, places.buffer)
+def place(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
+    """Write down where the sequences lie, for a forward that writes ``lse`` (H, T). ``stream`` is the current one, as a number."""
+    places = _new_places(plan, lse)
+    if not _with_triton(lse):
+        _place(plan, layout, places)
         return places
     has_used = layout.seqused_k is not None
     key = (plan.number, has_used)
     grid = (-(-(plan.key.sequences + 1) // SEQUENCES), 1, 1)
-    numbers = (*_place_numbers(plan, layout), has_used, SEQUENCES)
+    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used, SEQUENCES)
     if not _launch_place.again(grid, key, stream, places.workspace, *_addresses(layout), *numbers):
-        _launch_place(grid, key, places.buffer, *_ends(layout), *numbers)
+        _launch_place(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers)
     return places
 
 
@@ -66,27 +66,26 @@ def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Plac
     Every weight is computed as exp(score - lse), so with +inf there is none, whatever became of the scores.
     """
     heads, tokens = lse.shape
-    places = _new_places(plan, lse, tokens)
+    places = _new_places(plan, lse)
     if not _with_triton(lse):
-        _place(plan, layout, places.buffer)
+        _place(plan, layout, places)
         stats_of(plan, places, tokens).copy_(lse.masked_fill(lse == -math.inf, math.inf).t())
         return places
     has_used, address = layout.seqused_k is not None, lse.data_ptr()
     key = (plan.number, has_used, kind(tokens), address % 16)
     grid = (-(-(plan.key.sequences + 1) // SEQUENCES) - (-tokens // ROWS), 1, 1)
-    numbers = (*_place_numbers(plan, layout), has_used)
+    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used)
     sizes = (tokens, heads, _power_of_two(heads), ROWS, SEQUENCES)
     args = (places.workspace, *_addresses(layout), *numbers, address, places.stats, *sizes)
     if not _launch_place_backward.again(grid, key, stream, *args):
         stats = stats_of(plan, places, tokens)
-        _launch_place_backward(grid, key, places.buffer, *_ends(layout), *numbers, lse, stats, *sizes)
+        _launch_place_backward(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers, lse, stats, *sizes)
     return places
 
 
 def stats_of(plan: Plan, places: Places, tokens: int) -> Tensor:
     """Stats (T, H), float32: lse with the heads of a row side by side."""
-    heads = plan.key.heads
-    return places.buffer.view(torch.float32)[plan.scratch.stats // 4 :].view(tokens, heads)
+    return places.buffer[plan.scratch.stats // 4 :].view(tokens, plan.key.heads)
 
 
 def finish_forward(plan: Plan, layout: Layout, places: Places, out: Tensor, lse: Tensor, stream: int) -> None:
@@ -159,16 +158,17 @@ def _addresses(layout: Layout) -> tuple[int, int, int]:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _new_places(plan: Plan, x: Tensor, tokens: int) -> Places:
-    """Uninitialized, on the device of ``x``."""
+def _new_places(plan: Plan, lse: Tensor) -> Places:
+    """Uninitialized."""
     scratch = plan.scratch
-    buffer = x.new_empty(scratch.stats // 4 + tokens * plan.key.heads, dtype=torch.int32)
+    buffer = lse.new_empty(scratch.stats // 4 + lse.numel())
     start = buffer.data_ptr()
     return Places(buffer, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
 
 
-def _place(plan: Plan, layout: Layout, buffer: Tensor) -> None:
+def _place(plan: Plan, layout: Layout, places: Places) -> None:
     """The layout of sequences in PyTorch operations."""
+    buffer = places.buffer.view(torch.int32)
     pitch, start, stop = plan.scratch.pitch, plan.scratch.lengths // 4, plan.scratch.stats // 4
     queries, keys = _lengths(layout)
     lengths = buffer[start : start + 2 * pitch].view(2, pitch).zero_()
@@ -209,14 +209,6 @@ def _keys_without_queries(layout: Layout, rows: int) -> Tensor:
     behind = sequence == layout.cu_seq_k.shape[0] - 1
     sequence = sequence.clamp(max=layout.cu_seq_k.shape[0] - 2)
     return behind | (row - layout.cu_seq_k[sequence] >= _lengths(layout)[1][sequence])
-
-
-def _place_numbers(plan: Plan, layout: Layout) -> tuple[int, ...]:
-    """All but the first follow from the plan."""
-    key, scratch = plan.key, plan.scratch
-    padding = (0,) * (len(BACKWARD) - len(plan.names))
-    sizes = (layout.cu_seq_q.shape[0] - 1, key.sequences, scratch.pitch, scratch.lengths // 4)
-    return (*sizes, *plan.token_strides, *padding, key.wide)
 
 
 if triton is not None:
