@@ -3,6 +3,10 @@
 cuDNN wants the offset of each sequence in elements, for each tensor, and its numbers of queries and keys. It writes lse with the
 heads of a row side by side, (T, H), and nothing to rows outside of its sequences. A sequence without queries or without keys is
 given to it as one with neither. Without Triton, PyTorch operations do the same.
+
+Each call writes its offsets anew, though layers share them. That a tensor still holds what it held cannot be told: generated
+kernels and replayed CUDA graphs write to one and leave its version alone. And lse is turned, though our own backward would read
+it as cuDNN wrote it: another kernel's may come instead.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

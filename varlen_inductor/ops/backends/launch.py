@@ -5,8 +5,8 @@ are 1. To find the one that fits, Triton looks at each argument of each launch, 
 caller who knows what the kinds depend on gives that as a key.
 
 What Triton puts around the launch of a kernel that is found (a closure, a dictionary for its hooks, two calls of hooks that do
-nothing) takes as long again. Unless somebody has set a hook, its launcher is called without. The names of Triton were read in 3.6;
-where one is missing, everything goes Triton's way.
+nothing) takes as long again. Unless somebody has set a hook, its launcher is called without. The names of Triton were read in 3.6
+and 3.7; where one is missing, everything goes Triton's way.
 """
 
 from __future__ import annotations
