@@ -141,8 +141,9 @@ def test_lengths_and_windows(lengths: str, window: str) -> None:
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-def test_scales(scale: float) -> None:
-    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale))
+@pytest.mark.parametrize("lse_gradient", [True, False])
+def test_scales(scale: float, lse_gradient: bool) -> None:
+    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale), lse_gradient=lse_gradient)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
