@@ -100,3 +100,36 @@ def test_joined_gradients(heads: tuple[int, int], tails_unread: bool, kernels: s
         actual = varlen_attn_backward_joined(*given, **case.options)
         assert actual.is_contiguous()
         assert_close(actual[:rows], expected[:rows], torch.bfloat16, "joined gradients", factor=2.0)
+
+
+# --- cuDNN: gradients into one tensor for query, key and value -------------------------------------------------------
+
+
+@pytest.mark.parametrize("tails_unread", [False, True])
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("lengths", ["ragged", "more keys", "more queries", "no keys", "no queries"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+def test_cudnn_writes_gradients_into_a_projection(heads: tuple[int, int], lengths: str, window: str, tails_unread: bool) -> None:
+    """The same as by themselves, with nothing written between them; twice, for launches differ from the second on."""
+    backend = KERNELS["cudnn"]
+    sizes = {"heads": heads, "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "device": "cuda"}
+    case = make_case(*LENGTHS[lengths], tail=5, fill=0.0, tails_unread=tails_unread, **sizes)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    operands = [x.detach() for x in case.operands[:3]]
+    reason = backend.supports(Problem.of(*operands, layout, rule))
+    if reason is not None:
+        pytest.skip(reason)
+    assert backend.backward_into is not None
+    for _ in range(2):
+        out, lse, rng_state = backend.forward(*operands, layout, rule)
+        given = (torch.randn_like(out), out, lse, rng_state, *operands, layout, rule)
+        expected = backend.backward(given[0], None, *given[1:])
+        memories = [torch.full((x.shape[0], x.shape[1] + 2, 64), 7.0, dtype=x.dtype, device="cuda") for x in operands]
+        grads = tuple(memory[:, 1:-1] for memory in memories)
+        backend.backward_into(grads, *given)
+        tokens_q, tokens_k = case.tokens()
+        for memory, grad, want, tokens in zip(memories, grads, expected, (tokens_q, tokens_k, tokens_k), strict=True):
+            rows = slice(0, tokens) if tails_unread else slice(None)
+            assert torch.allclose(grad[rows].float(), want[rows].float(), rtol=1e-2, atol=1e-2)
+            assert memory[:, 0].eq(7.0).all()
+            assert memory[:, -1].eq(7.0).all()

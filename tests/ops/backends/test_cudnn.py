@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from triton_interpreter import interpret, needs_interpreter
+from varlen_inductor import _compat
 from varlen_inductor.ops import backends
-from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows
+from varlen_inductor.ops.attention import split_arguments
+from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows, launch
 from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Key
 from varlen_inductor.ops.packing import plan_in_place
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -30,21 +34,27 @@ def memory(pointer: int, count: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(pointer), dtype=dtype)
 
 
+WORKSPACE = 100
+STREAM = 40
+
+
 class StandIn:
     """A plan whose ``run`` does as cuDNN does: it knows pointers, and the offset and lengths of each sequence."""
 
     _numbers = itertools.count()
 
     def __init__(self, key: Key) -> None:
-        self.key, self.number, self.workspace_size = key, next(self._numbers), 100
+        self.key, self.number = key, next(self._numbers)
         self.names = cudnn_plan.BACKWARD if key.backward else cudnn_plan.FORWARD
         self.layouts = cudnn_plan.layouts_of(key)
         self.token_strides = tuple(self.layouts[name][1][2] for name in self.names)
         self.most_rows = 10**6
+        self.scratch = cudnn_plan.scratch_of(key, self.token_strides, WORKSPACE)
 
-    def run(self, index: int | None, pointers: tuple[int, ...], workspace: int) -> None:
+    def run(self, index: int, stream: int, pointers: tuple[int, ...], workspace: int) -> None:
         key, count = self.key, len(self.names)
-        memory(workspace, self.workspace_size, torch.uint8).fill_(255)
+        assert (index, stream) == (-1, STREAM)
+        memory(workspace, WORKSPACE, torch.uint8).fill_(255)
         assert len(pointers) == 2 * count + 2
         assert all(pointer % 16 == 0 for pointer in pointers)
         data, offsets = dict(zip(self.names, pointers)), dict(zip(self.names, pointers[count:]))
@@ -112,7 +122,8 @@ def fresh_memory_is_nan() -> None:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cudnn, "plan_for", StandIn)
     monkeypatch.setattr(cudnn, "_known", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(_compat, "current_stream_pointer", lambda index: STREAM)
     monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cudnn.BACKEND, supports=lambda problem: None),))
     backends.choose.cache_clear()
     fresh_memory_is_nan()
@@ -130,8 +141,9 @@ def test_lengths_and_windows(lengths: str, window: str) -> None:
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-def test_scales(scale: float) -> None:
-    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale))
+@pytest.mark.parametrize("lse_gradient", [True, False])
+def test_scales(scale: float, lse_gradient: bool) -> None:
+    check_against_reference(make_case((5, 7), window=(-1, 0), scale=scale), lse_gradient=lse_gradient)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -182,6 +194,46 @@ def test_operands_as_the_kernels_read_them() -> None:
     assert_close(grad, wanted, torch.float32, "gradient of query")
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("lengths", ["ragged", "more keys", "more queries", "no keys", "no queries"])
+def test_gradients_into_tensors_that_are_there(lengths: str, scale: float) -> None:
+    """Parts of one projection's gradient: equal to the gradients by themselves, and nothing else is written."""
+    case = make_case(*LENGTHS[lengths], heads=(4, 2), dims=(8, 16), window=(-1, 0), tail=3, scale=scale)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    query, key, _ = operands = [x.detach() for x in case.operands[:3]]
+    out, lse, rng_state = cudnn.forward(*operands, layout, rule)
+    given = (torch.randn_like(out), out, lse, rng_state, *operands, layout, rule)
+    expected = cudnn.backward(given[0], None, *given[1:])
+    of_queries, of_keys = torch.full((query.shape[0], 48), 7.0), torch.full((key.shape[0], 64), 7.0)
+    grads = (
+        of_queries[:, 8:40].unflatten(1, (4, 8)),
+        of_keys[:, :16].unflatten(1, (2, 8)),
+        of_keys[:, 24:56].unflatten(1, (2, 16)),
+    )
+    assert cudnn.BACKEND.backward_into is not None
+    cudnn.BACKEND.backward_into(grads, *given)
+    for grad, want in zip(grads, expected):
+        assert torch.equal(grad, want)
+    for rest in (of_queries[:, :8], of_queries[:, 40:], of_keys[:, 16:24], of_keys[:, 56:]):
+        assert rest.eq(7.0).all()
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_gradients_of_one_head_into_tensors_that_are_there() -> None:
+    """PyTorch gives a dim of one any stride."""
+    case = make_case((3, 4), heads=(1, 1))
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    operands = [x.detach() for x in case.operands[:3]]
+    out, lse, rng_state = cudnn.forward(*operands, layout, rule)
+    given = (torch.randn_like(out), out, lse, rng_state, *operands, layout, rule)
+    memory_of_all = torch.empty(3, 7, 8)
+    grads = tuple(x.as_strided((7, 1, 8), (8, 1, 1), x.storage_offset()) for x in memory_of_all)
+    cudnn.backward_into(grads, *given)
+    for grad, want in zip(grads, cudnn.backward(given[0], None, *given[1:])):
+        assert torch.equal(grad, want)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +241,7 @@ def key_for(lengths: tuple[int, ...], tail: int = 0, max_q: int = 100, square: b
     case = make_case(lengths, heads=(4, 2), tail=tail)
     offsets = case.cu_seq_q, case.cu_seq_q if square else case.cu_seq_k
     operands = [x.detach() for x in case.operands[:3]]
-    strides = tuple(x.stride() for x in operands)
+    strides = tuple(x.stride() for x in (*operands, *([case.query, *operands] if backward else [])))
     return cudnn.key_of(backward, *operands, strides, Layout(*offsets, max_q, max_q), Rule(0.5))
 
 
@@ -218,13 +270,13 @@ def test_a_plan_is_found_again() -> None:
 
     def plan(tokens: int, ends_k: Tensor = ends, max_q: int = 9, backward: bool = False) -> StandIn:
         rows = torch.empty(1, 2, 8).expand(tokens, 2, 8)
-        strides = ((16, 8, 1),) * (4 if backward else 3)
+        strides = ((16, 8, 1),) * (7 if backward else 3)
         return cudnn.plan_of(backward, rows, rows, rows, strides, Layout(ends, ends_k, max_q, 9), Rule(1.0))  # type: ignore[return-value]
 
     first = plan(5)
     assert plan(999_999) is first
     assert plan(5, ends.clone()).key == first.key._replace(square=False)
-    assert plan(5, backward=True).key == first.key._replace(backward=True, strides=(*first.key.strides, (16, 8, 1)))
+    assert plan(5, backward=True).key == first.key._replace(backward=True, strides=((16, 8, 1),) * 7)
     wide = plan(2**28)
     assert wide.key == first.key._replace(wide=True)
     assert plan(5) is first
@@ -248,21 +300,21 @@ def check_places() -> None:
     ends_q, ends_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7, 7, 20], [0, 4, 9, 18, 25]))
     for wide, seqused_k, backward in itertools.product((False, True), (None, used), (False, True)):
         layout = Layout(ends_q, ends_k, 13, 9, seqused_k)
-        strides = ((96, 8, 1), (16, 8, 1), (32, 16, 1), (64, 16, 1))[: 4 if backward else 3]
+        strides = ((96, 8, 1), (16, 8, 1), (32, 16, 1), (64, 16, 1), (40, 8, 1), (72, 8, 1), (88, 16, 1))[: 7 if backward else 3]
         key = Key(backward, ends_q.device, torch.float16, 6, 128, 128, 4, 2, 8, 16, strides, False, wide, Rule(1.0))
-        plan = StandIn(key)
+        plan: Any = StandIn(key)
         if backward:
             lse = torch.randn(4, 70)
             lse[1, 3] = -math.inf
-            places, stats = cudnn_rows.place_backward(plan, layout, lse)  # type: ignore[arg-type]
+            places = cudnn_rows.place_backward(plan, layout, lse, STREAM)
             lse[1, 3] = math.inf
-            assert torch.equal(stats, lse.t())
-            assert stats.is_contiguous()
+            assert torch.equal(memory(places.stats, 280, torch.float32).view(70, 4), lse.t())
         else:
-            places = cudnn_rows.place(plan, layout)  # type: ignore[arg-type]
-        assert all(pointer % 16 == 0 for pointer in places.pointers)
+            places = cudnn_rows.place(plan, layout, torch.empty(4, 70), STREAM)
+        assert all(pointer % 16 == 0 for pointer in (*places.pointers, places.stats, places.workspace))
+        assert places.workspace + WORKSPACE <= min(places.pointers)
         dtype = torch.int64 if wide else torch.int32
-        steps = {"q": 96, "k": 16, "v": 32, "o": 64, "stats": 4, "g": 64, "dq": 32, "dk": 16, "dv": 32}
+        steps = {"q": 96, "k": 16, "v": 32, "o": 64, "stats": 4, "g": 64, "dq": 40, "dk": 72, "dv": 88}
         for name, pointer in zip(plan.names, places.pointers):
             ends = (ends_q if name in OF_QUERIES else ends_k).tolist()
             ends += [ends[-1]] * 2
@@ -284,20 +336,26 @@ def check_finish() -> None:
                 blind[row] = keys == 0 or (right >= 0 and row - start + keys - (stop - start) + right < 0)
             if stop > start:
                 unused[int(ends_k[i]) : int(ends_k[i]) + keys] = False
-        written_q, written_k = blind.clone(), unused.clone()
-        if tails_unread:
-            written_q[150:] = written_k[12:] = False
-        out, stats = torch.ones(160, 3, 8), torch.randn(160, 3)
-        lse = cudnn_rows.finish_forward(out, stats, layout, right)
+        strides = ((24, 8, 1), (8, 8, 1), (16, 16, 1), (48, 16, 1), (32, 8, 1), (8, 8, 1), (40, 16, 1))
+        rule = Rule(1.0, window_right=right)
+        key = Key(True, ends_q.device, torch.float32, 4, 256, 128, 3, 1, 8, 16, strides, False, False, rule)
+        plan: Any = StandIn(key)
+        places = cudnn_rows.place(plan, layout, torch.empty(3, 160), STREAM)
+        stats = cudnn_rows.stats_of(plan, places, 160).copy_(torch.randn(160, 3))
+        out, lse = torch.ones(160, 3, 16), torch.empty(3, 160)
+        cudnn_rows.finish_forward(plan, layout, places, out, lse, STREAM)
         rows = slice(0, 150) if tails_unread else slice(None)
         assert torch.equal(lse[:, rows], torch.where(blind[:, None], -math.inf, stats).t()[:, rows])
-        assert lse.is_contiguous()
-        assert torch.equal(out[rows, 0, 0] == 0, blind[rows])
-        grads = (torch.ones(160, 3, 8), torch.ones(15, 1, 8), torch.ones(15, 1, 16))
-        cudnn_rows.finish_backward(grads, layout, right)
+        assert torch.equal(out[rows] == 0, blind[rows, None, None].expand(out[rows].shape))
+        # Rows of the gradients are apart, and what is between them is not touched.
+        memories = torch.ones(160, 32), torch.ones(15, 8), torch.ones(15, 40)
+        grads = memories[0][:, 8:].view(160, 3, 8), memories[1].view(15, 1, 8), memories[2][:, :16].view(15, 1, 16)
+        cudnn_rows.finish_backward(plan, layout, grads)
         for grad, zero, end in zip(grads, (blind, unused, unused), (150, 12, 12)):
             rows = slice(0, end) if tails_unread else slice(None)
             assert torch.equal(grad[rows] == 0, zero[rows, None, None].expand(grad[rows].shape))
+        assert memories[0][:, :8].eq(1).all()
+        assert memories[2][:, 16:].eq(1).all()
 
 
 def test_places() -> None:
@@ -306,6 +364,54 @@ def test_places() -> None:
 
 def test_finish() -> None:
     check_finish()
+
+
+class Compiled:
+    """A kernel as Triton compiles one, for `Launcher`: notes what it is launched with."""
+
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self, kernel: Any, log: list[Any]) -> None:
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any) -> Compiled:
+            self.log.append((self.kernel, grid, STREAM, tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in args)))
+            return self
+
+        return launch
+
+    def run(self, *args: Any) -> None:
+        grid, stream, args = args[:3], args[3], args[9:]
+        assert not any(isinstance(x, Tensor) for x in args)
+        self.log.append((self.kernel, grid, stream, args))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("has_used", [False, True])
+def test_later_launches_get_the_same_as_the_first(has_used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first gets tensors and goes through Triton, later ones get addresses and do not."""
+    log: list[Any] = []
+    runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cudnn_rows, "_with_triton", lambda x: True)
+    for name in ("place", "place_backward", "finish_forward"):
+        monkeypatch.setattr(cudnn_rows, f"_launch_{name}", launch.Launcher(Compiled(name, log)), raising=False)
+    ends, used = torch.tensor([0, 3, 7], dtype=torch.int32), torch.tensor([2, 4], dtype=torch.int32)
+    layout = Layout(ends, ends.clone(), 4, 4, used if has_used else None)
+    query, lse = torch.randn(7, 4, 8), torch.randn(4, 7)
+    plans: list[Any] = []
+    for backward in (False, True):
+        strides = ((32, 8, 1), (16, 8, 1), (16, 8, 1), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1))[: 7 if backward else 3]
+        plans.append(StandIn(Key(backward, ends.device, torch.float32, 2, 128, 128, 4, 2, 8, 8, strides, False, False, Rule(1.0))))
+    memory = {plan: cudnn_rows._new_places(plan, lse) for plan in plans}
+    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, lse: memory[plan])
+    for _ in range(2):
+        places = cudnn_rows.place(plans[0], layout, lse, STREAM)
+        cudnn_rows.finish_forward(plans[0], layout, places, query, lse, STREAM)
+        cudnn_rows.place_backward(plans[1], layout, lse, STREAM)
+    assert [name for name, *_ in log] == ["place", "finish_forward", "place_backward"] * 2
+    assert log[:3] == log[3:]
 
 
 def check_kernels() -> None:

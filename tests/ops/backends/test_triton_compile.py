@@ -122,5 +122,6 @@ def test_what_is_around_cudnn(wide: bool, has_used: bool) -> None:
     heads = {"HEADS": 12, "BLOCK_HEADS": 16, "ROWS": cudnn_rows.ROWS}
     compiled(cudnn_rows._place_kernel, places, "bf16", 90)
     compiled(cudnn_rows._place_backward_kernel, {**places, **heads}, "bf16", 90)
-    compiled(cudnn_rows._finish_forward_kernel, {**used, **heads, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)
-    compiled(cudnn_rows._finish_backward_kernel, {**used, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)
+    compiled(cudnn_rows._finish_forward_kernel, {**used, **heads, "SIZE": 768, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)
+    sizes = {"SIZE_Q": 768, "SIZE_K": 256, "SIZE_V": 320}
+    compiled(cudnn_rows._finish_backward_kernel, {**used, **sizes, "BLOCK": cudnn_rows.BLOCK}, "bf16", 90)

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from varlen_inductor import _compat
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
@@ -71,22 +72,28 @@ def _unavailable(device: torch.device) -> str | None:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
-    index = query.device.index
+    index = query.get_device()
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return forward(query, key, value, layout, rule)
     if rule.scale <= 0.0:
         query, rule, _ = positive_scale(query, rule)
-    query, key, value, layout = _ready(query), _ready(key), _ready(value), contiguous(layout)
+    layout = contiguous(layout)
+    query, strides_q, at_q = _readable(query)
+    key, strides_k, at_k = _readable(key)
+    value, strides_v, at_v = _readable(value)
+    plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule)
     tokens, heads, _ = query.shape
-    out = query.new_empty((tokens, heads, value.shape[2]))
-    stats = query.new_empty((tokens, heads), dtype=torch.float32)
-    rng_state = _new_rng_state(query, rule)
-    plan = plan_of(False, query, key, value, (query.stride(), key.stride(), value.stride()), layout, rule)
-    places = place(plan, layout)
-    pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), stats.data_ptr(), *places.pointers)
-    plan.run(index, pointers + _random_pointers(rng_state), places.workspace)
-    return out, finish_forward(out, stats, layout, rule.window_right), rng_state
+    out = query.new_empty(tokens, heads, value.shape[2])
+    float32, uint64 = _empty(query)
+    lse = float32.new_empty(heads, tokens)
+    rng_state = uint64.new_empty(0) if rule.dropout_p == 0.0 else _new_rng_state(query)
+    stream = _compat.current_stream_pointer(index)
+    places = place(plan, layout, lse, stream)
+    pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
+    plan.run(index, stream, pointers, places.workspace)
+    finish_forward(plan, layout, places, out, lse, stream)
+    return out, lse, rng_state
 
 
 def backward(
@@ -102,29 +109,59 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    index = query.device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
-    if rule.scale <= 0.0:
+    if grad_lse is not None and rule.scale <= 0.0:
         query, rule, sign = positive_scale(query, rule)
         grad_query, grad_key, grad_value = backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
         return grad_query * sign, grad_key, grad_value
-    query, key, value, grad_out = _ready(query), _ready(key), _ready(value), _ready(grad_out)
-    out, layout = out.contiguous(), contiguous(layout)
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
-    plan = plan_of(True, query, key, value, strides, layout, rule)
-    places, stats = place_backward(plan, layout, lse)
-    operands = (query, key, value, out, stats, grad_out, *grads)
-    pointers = (*[x.data_ptr() for x in operands], *places.pointers, *_random_pointers(rng_state))
-    plan.run(index, pointers, places.workspace)
-    if not (plan.key.square and layout.tails_unread):
-        finish_backward(grads, layout, rule.window_right)
+    grads = query.new_empty(*query.shape), key.new_empty(*key.shape), value.new_empty(*value.shape)
+    backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
     if grad_lse is None:
         return grads
     more_query, more_key = through_lse(forward, _alone, grad_lse, query, key, lse, layout, rule)
     return grads[0] + more_query, grads[1] + more_key, grads[2]
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes the gradients of query, key and value to ``grads``; see ``BackwardInto``."""
+    index = query.get_device()
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
+    if rule.scale <= 0.0:
+        query, rule, sign = positive_scale(query, rule)
+        backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
+        grads[0].mul_(sign)
+        return None
+    layout, out = contiguous(layout), out.contiguous()
+    query, strides_q, at_q = _readable(query)
+    key, strides_k, at_k = _readable(key)
+    value, strides_v, at_v = _readable(value)
+    grad_out, strides_g, at_g = _readable(grad_out)
+    grad_query, grad_key, grad_value = grads
+    at_grads = grad_query.data_ptr(), grad_key.data_ptr(), grad_value.data_ptr()
+    dim, dim_v = query.shape[2], value.shape[2]
+    # Heads are contiguous; with one head, PyTorch may name any stride for it.
+    of_grads = (grad_query.stride(0), dim, 1), (grad_key.stride(0), dim, 1), (grad_value.stride(0), dim_v, 1)
+    strides = (strides_q, strides_k, strides_v, strides_g, *of_grads)
+    plan = plan_of(True, query, key, value, strides, layout, rule)
+    stream = _compat.current_stream_pointer(index)
+    places = place_backward(plan, layout, lse, stream)
+    operands = (at_q, at_k, at_v, out.data_ptr(), places.stats, at_g, *at_grads)
+    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, rule)), places.workspace)
+    if not (plan.key.square and layout.tails_unread):
+        finish_backward(plan, layout, grads)
+    return None
 
 
 def _alone(
@@ -149,16 +186,19 @@ _MOST_KNOWN = 4096
 def plan_of(
     backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
 ) -> Plan:
-    """The plan that these operands need, found without working out its key where they were seen before."""
-    _, heads, dim = query.shape
-    _, heads_k, dim_v = value.shape
+    """The plan that these operands need, found without working out its key where they were seen before.
+
+    Args:
+        strides: as of ``Key``, with a contiguous last dim everywhere.
+    """
+    tokens, heads, dim = query.shape
+    keys, heads_k, dim_v = value.shape
     cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, *_ = layout
-    square = seqused_k is None and cu_seq_q.data_ptr() == cu_seq_k.data_ptr()
-    sizes = (heads, heads_k, dim, dim_v, cu_seq_q.shape[0], max_q, max_k)
-    known = (backward, query.device, query.dtype, sizes, strides, square, rule)
+    square = seqused_k is None and (cu_seq_q is cu_seq_k or cu_seq_q.data_ptr() == cu_seq_k.data_ptr())
+    sizes = (heads, heads_k, dim, dim_v, cu_seq_q.shape[0], max_q, max_k, square)
+    known = (backward, query.get_device(), query.dtype, sizes, strides, rule)
     plan = _known.get(known)
-    rows = max(query.shape[0], key.shape[0])
-    if plan is None or rows > plan.most_rows:
+    if plan is None or max(tokens, keys) > plan.most_rows:
         plan = plan_for(key_of(backward, query, key, value, strides, layout, rule))
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
@@ -200,25 +240,39 @@ def rounded(number: int, least: int) -> int:
     return -(-number // step) * step
 
 
-def _ready(x: Tensor) -> Tensor:
-    """As the kernels read it: 16 bytes at a time."""
-    token, head, element = x.stride()
-    aligned = element == 1 and head % 8 == 0 and token % 8 == 0 and x.data_ptr() % 16 == 0 and token > 0 and head > 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+def _readable(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """As the kernels read it, 16 bytes at a time; then its strides and its address."""
+    strides, address = x.stride(), x.data_ptr()
+    token, head, element = strides
+    if element == 1 and not (token | head) & 7 and not address & 15 and token > 0 and head > 0:
+        return x, strides, address
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x, x.stride(), x.data_ptr()
 
 
-def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
-    if rule.dropout_p == 0.0:
-        return query.new_empty(0, dtype=torch.uint64)
+_empties: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Without elements, float32 and uint64, on the device of ``x``: PyTorch makes a tensor like another sooner than of a dtype."""
+    empties = _empties.get(x.get_device())
+    if empties is None:
+        empties = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.uint64)
+        if type(empties[0]) is Tensor:
+            _empties[x.get_device()] = empties
+    return empties
+
+
+def _new_rng_state(query: Tensor) -> Tensor:
     # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
     return torch.randint(0, 2**31, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-def _random_pointers(rng_state: Tensor) -> tuple[int, ...]:
+def _random_pointers(rng_state: Tensor, rule: Rule) -> tuple[int, ...]:
     """Of the seed and of the offset of cuDNN's random numbers, where there are any."""
-    if rng_state.shape[0] == 0:
+    if rule.dropout_p == 0.0:
         return ()
     return rng_state.data_ptr(), rng_state.data_ptr() + 8
 
 
-BACKEND = Backend("cudnn", supports, forward, backward)
+BACKEND = Backend("cudnn", supports, forward, backward, backward_into=backward_into)

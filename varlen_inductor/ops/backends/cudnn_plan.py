@@ -22,6 +22,9 @@ BACKWARD = ("q", "k", "v", "o", "stats", "g", "dq", "dk", "dv")
 """The tensors of a graph, in the order of their pointers. Then come, in the same order, the offsets of each; then the lengths
 of query and key, and for dropout the seed and the offset of the random numbers."""
 
+STRIDED = ("q", "k", "v", "g", "dq", "dk", "dv")
+"""Those whose strides are the caller's, in the order of ``Key.strides``; a forward has the first three."""
+
 OF_QUERIES = frozenset({"q", "o", "stats", "g", "dq"})
 """Those whose rows are queries; the rows of the others are keys."""
 
@@ -40,7 +43,8 @@ class Key(NamedTuple):
     head_dim: int
     head_dim_v: int
     strides: tuple[tuple[int, ...], ...]
-    """Of query, key and value, and in a backward of the gradient of out: between tokens, heads and elements."""
+    """Of query, key and value, and in a backward of the gradient of out and of the three gradients that are written: between
+    tokens, heads and elements."""
     square: bool
     """Whether every sequence has as many keys as queries."""
     wide: bool
@@ -49,8 +53,40 @@ class Key(NamedTuple):
     deterministic: bool = False
 
 
+class Scratch(NamedTuple):
+    """The memory of one call, in one piece: the workspace, the numbers of queries and of keys, the offsets of each tensor, stats.
+
+    Places are in bytes and multiples of 16, which cuDNN's pointers must be.
+    """
+
+    pitch: int
+    """How many numbers a row of numbers or offsets has."""
+    lengths: int
+    """Where the numbers of queries are; then come those of keys, and then the offsets, which may be wide."""
+    pointers: tuple[int, ...]
+    """Where the offsets of each tensor are, in the plan's order, then where the numbers of queries and of keys are."""
+    stats: int
+    """Where (T, H) float32 begin."""
+    arguments: tuple[int, ...]
+    """Of the kernel that writes offsets and numbers, as far as they follow from the plan: how many of each it writes, ``pitch``,
+    where the numbers of queries are, in numbers of 32 bits, the rows' strides of ``BACKWARD``, and whether offsets are wide."""
+
+
+def scratch_of(key: Key, token_strides: tuple[int, ...], workspace_size: int) -> Scratch:
+    """For a plan with tensors of these strides from row to row."""
+    pitch = -(-(key.sequences + 1) // 4) * 4
+    row = 4 * pitch
+    step = 2 * row if key.wide else row
+    lengths = -(-workspace_size // 16) * 16
+    offsets = lengths + 2 * row
+    stats = offsets + len(token_strides) * step
+    padding = (0,) * (len(BACKWARD) - len(token_strides))
+    arguments = (key.sequences, pitch, lengths // 4, *token_strides, *padding, key.wide)
+    return Scratch(pitch, lengths, (*range(offsets, stats, step), lengths, lengths + row), stats, arguments)
+
+
 class Plan:
-    """A built graph. ``run`` starts it on the current stream.
+    """A built graph. ``run`` starts it.
 
     Attributes:
         key: what it is for.
@@ -58,7 +94,7 @@ class Plan:
         names: the tensors that have rows, ``FORWARD`` or ``BACKWARD``.
         token_strides: elements from one row to the next, for each of ``names``.
         most_rows: with more rows an offset may not fit.
-        workspace_size: bytes of scratch memory that a run needs.
+        scratch: the memory that a run needs, the workspace among it.
     """
 
     _numbers = itertools.count()
@@ -70,7 +106,7 @@ class Plan:
         self.token_strides = tuple(layouts[name][1][2] for name in self.names)
         self.most_rows = (2**63 if key.wide else 2**31) // max(self.token_strides) - 1
         graph = _build(key, layouts, self.names)
-        self.workspace_size: int = graph.get_workspace_size()
+        self.scratch = scratch_of(key, self.token_strides, graph.get_workspace_size())
         graph._prepare_variant_pack_template()
         order = list(graph._get_variant_pack_uids_sorted())
         count = 2 * len(self.names) + (4 if key.rule.dropout_p > 0.0 else 2)
@@ -80,10 +116,10 @@ class Plan:
         self._execute = graph._execute_with_raw_ptrs
         self._count = count
 
-    def run(self, index: int, pointers: tuple[int, ...], workspace: int) -> None:
-        """Run on the current stream of device ``index``, which is the current device."""
+    def run(self, index: int, stream: int, pointers: tuple[int, ...], workspace: int) -> None:
+        """Run on ``stream`` of device ``index``, which is the current device."""
         numbers = array("Q", pointers)
-        self._execute(numbers.buffer_info()[0], self._count, workspace, _handle(index))
+        self._execute(numbers.buffer_info()[0], self._count, workspace, _handle(index, stream))
 
 
 _plans: dict[Key, Plan] = {}
@@ -134,13 +170,12 @@ class _Handles(threading.local):
 _handles = _Handles()
 
 
-def _handle(index: int) -> int:
-    """cuDNN's handle for this thread and device ``index``, set to the current stream."""
+def _handle(index: int, stream: int) -> int:
+    """cuDNN's handle for this thread and device ``index``, set to ``stream``."""
     handle = _handles.by_device.get(index)
     if handle is None:
         with torch.cuda.device(index):
             handle = _handles.by_device[index] = library().create_handle()
-    stream = _compat.current_stream_pointer(index)
     if handle.stream != stream:
         library().set_stream(handle, stream)
     return handle.backend_handle  # type: ignore[no-any-return]
@@ -158,11 +193,8 @@ def layouts_of(key: Key) -> dict[str, tuple[list[int], list[int]]]:
     packed = {
         "o": (heads * dim_v, dim_v, 1),
         "stats": (heads, 1, 1),
-        "dq": (heads * dim, dim, 1),
-        "dk": (heads_k * dim, dim, 1),
-        "dv": (heads_k * dim_v, dim_v, 1),
     }
-    strides = {**packed, **dict(zip(("q", "k", "v", "g"), key.strides, strict=False))}
+    strides = {**packed, **dict(zip(STRIDED, key.strides, strict=False))}
     of_keys, dims = {"k": dim, "dk": dim, "v": dim_v, "dv": dim_v}, {"q": dim, "dq": dim, "stats": 1}
     layouts = {}
     for name, (token, head, element) in strides.items():
@@ -183,7 +215,7 @@ def _build(key: Key, layouts: dict[str, tuple[list[int], list[int]]], names: tup
         io_data_type=data,
         intermediate_data_type=types.FLOAT,
         compute_data_type=types.FLOAT,
-        handle=_handle(key.device.index),
+        handle=_handle(key.device.index, _compat.current_stream_pointer(key.device.index)),
     )
     uids = itertools.count(len(names) + 1)
 

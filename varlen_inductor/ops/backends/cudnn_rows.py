@@ -3,6 +3,10 @@
 cuDNN wants the offset of each sequence in elements, for each tensor, and its numbers of queries and keys. It writes lse with the
 heads of a row side by side, (T, H), and nothing to rows outside of its sequences. A sequence without queries or without keys is
 given to it as one with neither. Without Triton, PyTorch operations do the same.
+
+Each call writes its offsets anew, though layers share them. That a tensor still holds what it held cannot be told: generated
+kernels and replayed CUDA graphs write to one and leave its version alone. And lse is turned, though our own backward would read
+it as cuDNN wrote it: another kernel's may come instead.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -35,72 +39,88 @@ _FAR = 2**30
 
 
 class Places(NamedTuple):
-    """Where the sequences lie, on the device, and what cuDNN gets of it."""
+    """The memory of a call, with where the sequences lie, and its addresses for cuDNN."""
 
     buffer: Tensor
-    """Owns the memory of all the pointers."""
+    """Owns the memory: float32 for stats, laid out as ``Plan.scratch`` says."""
+    workspace: int
+    stats: int
     pointers: tuple[int, ...]
     """Of the offsets of each tensor in the plan's order, then of the numbers of queries and of keys."""
-    workspace: int
-    """The pointer of scratch memory for the plan."""
 
 
-def place(plan: Plan, layout: Layout) -> Places:
-    """Write down where the sequences lie, for a forward."""
-    places = _new_places(plan, layout.cu_seq_q.device)
-    if _with_triton(places.buffer):
-        key = _place_key(plan, layout)
-        _launch_place((-(-(plan.key.sequences + 1) // SEQUENCES), 1, 1), key, *_place_args(plan, layout, places))
-    else:
-        _place(plan, layout, places.buffer)
+def place(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
+    """Write down where the sequences lie, for a forward that writes ``lse`` (H, T). ``stream`` is the current one, as a number."""
+    places = _new_places(plan, lse)
+    if not _with_triton(lse):
+        _place(plan, layout, places)
+        return places
+    has_used = layout.seqused_k is not None
+    key = (plan.number, has_used)
+    grid = (-(-(plan.key.sequences + 1) // SEQUENCES), 1, 1)
+    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used, SEQUENCES)
+    if not _launch_place.again(grid, key, stream, places.workspace, *_addresses(layout), *numbers):
+        _launch_place(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers)
     return places
 
 
-def place_backward(plan: Plan, layout: Layout, lse: Tensor) -> tuple[Places, Tensor]:
-    """The same for a backward; also lse (H, T), as cuDNN reads it: (T, H), and +inf for a query that sees no key.
+def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
+    """The same for a backward; also stats (T, H): lse (H, T), but +inf for a query that sees no key.
 
     Every weight is computed as exp(score - lse), so with +inf there is none, whatever became of the scores.
     """
-    places = _new_places(plan, lse.device)
     heads, tokens = lse.shape
+    places = _new_places(plan, lse)
     if not _with_triton(lse):
-        _place(plan, layout, places.buffer)
-        return places, lse.masked_fill(lse == -math.inf, math.inf).t().contiguous()
-    stats = lse.new_empty(tokens, heads)
+        _place(plan, layout, places)
+        stats_of(plan, places, tokens).copy_(lse.masked_fill(lse == -math.inf, math.inf).t())
+        return places
+    has_used, address = layout.seqused_k is not None, lse.data_ptr()
+    key = (plan.number, has_used, kind(tokens), address % 16)
     grid = (-(-(plan.key.sequences + 1) // SEQUENCES) - (-tokens // ROWS), 1, 1)
-    *args, last = _place_args(plan, layout, places)
-    numbers = (tokens, heads, _power_of_two(heads), ROWS)
-    _launch_place_backward(grid, (*_place_key(plan, layout), kind(tokens)), *args, lse, stats, *numbers, last)
-    return places, stats
+    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used)
+    sizes = (tokens, heads, _power_of_two(heads), ROWS, SEQUENCES)
+    args = (places.workspace, *_addresses(layout), *numbers, address, places.stats, *sizes)
+    if not _launch_place_backward.again(grid, key, stream, *args):
+        stats = stats_of(plan, places, tokens)
+        _launch_place_backward(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers, lse, stats, *sizes)
+    return places
 
 
-def finish_forward(out: Tensor, stats: Tensor, layout: Layout, right: int) -> Tensor:
-    """lse (H, T) of stats (T, H), -inf for queries that see no key, whose rows in ``out`` (T, H, D_v) become zeros.
+def stats_of(plan: Plan, places: Places, tokens: int) -> Tensor:
+    """Stats (T, H), float32: lse with the heads of a row side by side."""
+    return places.buffer[plan.scratch.stats // 4 :].view(tokens, plan.key.heads)
+
+
+def finish_forward(plan: Plan, layout: Layout, places: Places, out: Tensor, lse: Tensor, stream: int) -> None:
+    """Writes lse (H, T) from stats, -inf for queries that see no key, whose rows in ``out`` (T, H, D_v) become zeros.
 
     Rows behind the last sequence are such too, but are left alone where they are not read.
-
-    Args:
-        right: the right side of the window.
     """
-    tokens, heads = stats.shape
-    lse = stats.new_empty(heads, tokens)
+    tokens, heads, dim_v = out.shape
+    right = plan.key.rule.window_right
     right = _FAR if right == UNBOUNDED else right
-    sequences, tail = layout.cu_seq_q.shape[0] - 1, not layout.tails_unread
     if not _with_triton(out):
         dead = _queries_without_keys(layout, tokens, right)
         out.masked_fill_(dead[:, None, None], 0.0)
-        return torch.where(dead[:, None], -math.inf, stats).t().contiguous()
-    numbers = (sequences, tokens, heads * out.shape[2], right)
-    constants = (heads, _power_of_two(heads), layout.seqused_k is not None, ROWS, BLOCK)
-    kinds = (out.device, out.dtype, *_alignments(layout), *map(kind, numbers), *constants)
-    grid = (sequences + tail, -(-max(layout.max_q, 1) // ROWS), 1)
-    _launch_finish_forward(grid, kinds, out, stats, lse, *_ends(layout), *numbers, *constants)
-    return lse
+        lse.copy_(torch.where(dead[:, None], -math.inf, stats_of(plan, places, tokens)).t())
+        return
+    sequences, has_used = layout.cu_seq_q.shape[0] - 1, layout.seqused_k is not None
+    key = (plan.number, has_used, kind(tokens))
+    grid = (sequences + (not layout.tails_unread), -(-max(layout.max_q, 1) // ROWS), 1)
+    numbers = (sequences, tokens, right, heads * dim_v, heads, _power_of_two(heads), has_used, ROWS, BLOCK)
+    args = (out.data_ptr(), places.stats, lse.data_ptr(), *_addresses(layout), *numbers)
+    if not _launch_finish_forward.again(grid, key, stream, *args):
+        _launch_finish_forward(grid, key, out, stats_of(plan, places, tokens), lse, *_ends(layout), *numbers)
 
 
-def finish_backward(grads: tuple[Tensor, Tensor, Tensor], layout: Layout, right: int) -> None:
-    """Zeroes what has no gradient: queries that see no key, keys that are not used or have no query, rows behind the end."""
+def finish_backward(plan: Plan, layout: Layout, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Zeroes what has no gradient: queries that see no key, keys that are not used or have no query, rows behind the end.
+
+    Heads are contiguous in the gradients, rows need not be.
+    """
     grad_query, grad_key, grad_value = grads
+    right = plan.key.rule.window_right
     right = _FAR if right == UNBOUNDED else right
     if not _with_triton(grad_query):
         grad_query.masked_fill_(_queries_without_keys(layout, grad_query.shape[0], right)[:, None, None], 0.0)
@@ -108,13 +128,14 @@ def finish_backward(grads: tuple[Tensor, Tensor, Tensor], layout: Layout, right:
         grad_key.masked_fill_(dead, 0.0)
         grad_value.masked_fill_(dead, 0.0)
         return
-    sequences = layout.cu_seq_q.shape[0] - 1
+    sequences, has_used = layout.cu_seq_q.shape[0] - 1, layout.seqused_k is not None
     rows = (grad_query.shape[0], grad_key.shape[0])
-    numbers = (sequences, *rows, grad_query.stride(0), grad_key.stride(0), grad_value.stride(0), right)
-    constants = (layout.seqused_k is not None, BLOCK)
-    kinds = (grad_query.device, grad_query.dtype, *_alignments(layout), *map(kind, numbers), *constants)
+    steps = (grad_query.stride(0), grad_key.stride(0), grad_value.stride(0))
+    sizes = [x.shape[1] * x.shape[2] for x in grads]
+    alignments = [x.data_ptr() % 16 for x in grads]
+    key = (plan.number, has_used, *map(kind, rows), *alignments)
     grid = (sequences + (not layout.tails_unread), PROGRAMS, 1)
-    _launch_finish_backward(grid, kinds, *grads, *_ends(layout), *numbers, *constants)
+    _launch_finish_backward(grid, key, *grads, *_ends(layout), sequences, *rows, *steps, right, *sizes, has_used, BLOCK)
 
 
 def _with_triton(x: Tensor) -> bool:
@@ -131,42 +152,33 @@ def _ends(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return layout.cu_seq_q, layout.cu_seq_k, used
 
 
-def _alignments(layout: Layout) -> tuple[int, ...]:
-    return tuple(x.data_ptr() % 16 for x in _ends(layout))
+def _addresses(layout: Layout) -> tuple[int, int, int]:
+    """Of ``_ends``. No kernel is compiled for an alignment of them."""
+    ends_q, ends_k, used = layout.cu_seq_q, layout.cu_seq_k, layout.seqused_k
+    at_k = ends_k.data_ptr()
+    return ends_q.data_ptr(), at_k, at_k if used is None else used.data_ptr()
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _pitch(plan: Plan) -> int:
-    return -(-(plan.key.sequences + 1) // 4) * 4  # cuDNN's pointers are multiples of 16 bytes
-
-
-def _new_places(plan: Plan, device: torch.device) -> Places:
-    """An int32 buffer: the workspace, then rows of ``_pitch`` numbers: of queries, of keys, and offsets, which may be wide."""
-    row = 4 * _pitch(plan)
-    step = 2 * row if plan.key.wide else row
-    workspace, count = _workspace(plan), len(plan.names)
-    buffer = torch.empty((workspace + 2 * row + count * step) // 4, dtype=torch.int32, device=device)
+def _new_places(plan: Plan, lse: Tensor) -> Places:
+    """Uninitialized."""
+    scratch = plan.scratch
+    buffer = lse.new_empty(scratch.stats // 4 + lse.numel())
     start = buffer.data_ptr()
-    lengths = start + workspace
-    offsets = lengths + 2 * row
-    return Places(buffer, (*range(offsets, offsets + count * step, step), lengths, lengths + row), start)
+    return Places(buffer, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
 
 
-def _workspace(plan: Plan) -> int:
-    """The bytes of the workspace, rounded up so that what follows it is aligned."""
-    return -(-plan.workspace_size // 16) * 16
-
-
-def _place(plan: Plan, layout: Layout, buffer: Tensor) -> None:
+def _place(plan: Plan, layout: Layout, places: Places) -> None:
     """The layout of sequences in PyTorch operations."""
-    pitch, buffer = _pitch(plan), buffer[_workspace(plan) // 4 :]
+    buffer = places.buffer.view(torch.int32)
+    pitch, start, stop = plan.scratch.pitch, plan.scratch.lengths // 4, plan.scratch.stats // 4
     queries, keys = _lengths(layout)
-    lengths = buffer[: 2 * pitch].view(2, pitch).zero_()
+    lengths = buffer[start : start + 2 * pitch].view(2, pitch).zero_()
     lengths[0, : queries.shape[0]] = queries
     lengths[1, : keys.shape[0]] = keys
-    offsets = buffer[2 * pitch :].view(torch.int64 if plan.key.wide else torch.int32).view(-1, pitch)
+    offsets = buffer[start + 2 * pitch : stop].view(torch.int64 if plan.key.wide else torch.int32).view(-1, pitch)
     for row, name, stride in zip(offsets, plan.names, plan.token_strides, strict=True):
         ends = (layout.cu_seq_q if name in OF_QUERIES else layout.cu_seq_k).to(row.dtype) * stride
         row.copy_(torch.cat((ends, ends[-1:].expand(pitch - ends.shape[0]))))
@@ -203,18 +215,13 @@ def _keys_without_queries(layout: Layout, rows: int) -> Tensor:
     return behind | (row - layout.cu_seq_k[sequence] >= _lengths(layout)[1][sequence])
 
 
-def _place_key(plan: Plan, layout: Layout) -> tuple[object, ...]:
-    return (plan.number, *_alignments(layout), kind(layout.cu_seq_q.shape[0] - 1), layout.seqused_k is not None)
-
-
-def _place_args(plan: Plan, layout: Layout, places: Places) -> tuple[object, ...]:
-    key = plan.key
-    strides = plan.token_strides + (0,) * (9 - len(plan.names))
-    numbers = (layout.cu_seq_q.shape[0] - 1, key.sequences, _pitch(plan), _workspace(plan) // 4)
-    return (places.buffer, *_ends(layout), *numbers, *strides, key.wide, layout.seqused_k is not None, SEQUENCES)
-
-
 if triton is not None:
+    # No kernel is compiled anew for another number of sequences or another alignment of these: then what a compiled kernel depends
+    # on is nearly all in the plan, and the one that fits is found by the plan's number.
+    _any_layout = triton.jit(
+        do_not_specialize=["sequences"],
+        do_not_specialize_on_alignment=["ends_q", "ends_k", "used"],
+    )
 
     @triton.jit
     def _sequence(ends_q, ends_k, used, i, sequences, HAS_USED: tl.constexpr):
@@ -277,7 +284,7 @@ if triton is not None:
             _offsets(buffer, 7, at, mask, first_k, pitch, stride_dk, WIDE)
             _offsets(buffer, 8, at, mask, first_k, pitch, stride_dv, WIDE)
 
-    @triton.jit
+    @_any_layout
     def _place_kernel(
         buffer,
         ends_q,
@@ -325,7 +332,7 @@ if triton is not None:
             SEQUENCES,
         )
 
-    @triton.jit
+    @_any_layout
     def _place_backward_kernel(
         buffer,
         ends_q,
@@ -391,15 +398,16 @@ if triton is not None:
             tl.store(stats + row.to(tl.int64) * HEADS + head, value, mask=mask)
 
     @triton.jit
-    def _zero(x, begin, end, row_size, BLOCK: tl.constexpr):
-        """Rows ``begin`` to ``end`` of ``x``, shared by the programs of the second axis."""
-        stop = end.to(tl.int64) * row_size
-        step = tl.num_programs(1) * BLOCK
-        for start in range(begin.to(tl.int64) * row_size + tl.program_id(1) * BLOCK, stop, step):
+    def _zero(x, begin, end, step, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+        """Rows ``begin`` to ``end`` of ``x``, ``step`` apart and of ``SIZE`` numbers, shared by the programs of the second axis."""
+        stop = end.to(tl.int64) * SIZE
+        stride = tl.num_programs(1) * BLOCK
+        for start in range(begin.to(tl.int64) * SIZE + tl.program_id(1) * BLOCK, stop, stride):
             at = start + tl.arange(0, BLOCK)
-            tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < stop)
+            place = at // SIZE * step + at % SIZE
+            tl.store(x + place, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < stop)
 
-    @triton.jit
+    @_any_layout
     def _finish_forward_kernel(
         out,
         stats,
@@ -409,8 +417,8 @@ if triton is not None:
         used,
         sequences,
         rows,
-        row_size,
         right,
+        SIZE: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK_HEADS: tl.constexpr,
         HAS_USED: tl.constexpr,
@@ -428,9 +436,9 @@ if triton is not None:
             row = (first + at).to(tl.int64)
             value = tl.load(stats + row * HEADS + head, mask=mask & (at >= blind), other=float("-inf"))
             tl.store(lse + head.to(tl.int64) * rows + row, value, mask=mask)
-        _zero(out, first, first + blind, row_size, BLOCK)
+        _zero(out, first, first + blind, SIZE, SIZE, BLOCK)
 
-    @triton.jit
+    @_any_layout
     def _finish_backward_kernel(
         grad_query,
         grad_key,
@@ -441,10 +449,13 @@ if triton is not None:
         sequences,
         rows_q,
         rows_k,
-        size_q,
-        size_k,
-        size_v,
+        step_q,
+        step_k,
+        step_v,
         right,
+        SIZE_Q: tl.constexpr,
+        SIZE_K: tl.constexpr,
+        SIZE_V: tl.constexpr,
         HAS_USED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
@@ -454,9 +465,9 @@ if triton is not None:
         rows = tl.where(i < sequences, rows, rows_k - first_k)
         blind = tl.where(keys > 0, tl.minimum(tl.maximum(queries - keys - right, 0), queries), queries)
         seen = tl.where(queries > 0, keys, 0)
-        _zero(grad_query, first_q, first_q + blind, size_q, BLOCK)
-        _zero(grad_key, first_k + seen, first_k + rows, size_k, BLOCK)
-        _zero(grad_value, first_k + seen, first_k + rows, size_v, BLOCK)
+        _zero(grad_query, first_q, first_q + blind, step_q, SIZE_Q, BLOCK)
+        _zero(grad_key, first_k + seen, first_k + rows, step_k, SIZE_K, BLOCK)
+        _zero(grad_value, first_k + seen, first_k + rows, step_v, SIZE_V, BLOCK)
 
     _launch_place, _launch_place_backward = Launcher(_place_kernel), Launcher(_place_backward_kernel)
     _launch_finish_forward, _launch_finish_backward = Launcher(_finish_forward_kernel), Launcher(_finish_backward_kernel)

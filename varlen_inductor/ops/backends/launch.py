@@ -3,16 +3,37 @@
 A Triton kernel is compiled for the kinds of its arguments: dtypes, which pointers and numbers are multiples of 16, which numbers
 are 1. To find the one that fits, Triton looks at each argument of each launch, which takes it longer than the launch itself. A
 caller who knows what the kinds depend on gives that as a key.
+
+What Triton puts around the launch of a kernel that is found (a closure, a dictionary for its hooks, two calls of hooks that do
+nothing) takes as long again. Unless somebody has set a hook, its launcher is called without. The names of Triton were read in 3.6
+and 3.7; where one is missing, everything goes Triton's way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from varlen_inductor import _compat
+
+try:
+    from triton import knobs
+except ImportError:  # no Triton, or one that keeps its hooks elsewhere
+    knobs = None
+
 _MOST_KERNELS = 1024
+
+
+class Compiled(NamedTuple):
+    """A kernel that was launched before, and what its next launch needs."""
+
+    kernel: Any
+    run: Any
+    """Triton's launcher, or ``None`` if it is not the one that is known here."""
+    function: Any
+    metadata: Any
 
 
 class Launcher:
@@ -20,7 +41,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[Hashable, Any] = {}
+        self.compiled: dict[Hashable, Compiled] = {}
 
     def __call__(self, grid: tuple[int, int, int], key: Hashable, *args: Any, **options: Any) -> None:
         """Launch.
@@ -34,20 +55,56 @@ class Launcher:
         device = args[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():  # to look costs less than to switch
             with torch.cuda.device(device):
-                self._launch(grid, key, args, options)
+                self._launch(device, grid, key, args, options)
         else:
-            self._launch(grid, key, args, options)
+            self._launch(device, grid, key, args, options)
 
-    def _launch(self, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def again(self, grid: tuple[int, int, int], key: Hashable, stream: int, *args: Any) -> bool:
+        """Launch on ``stream``, of the current device, if that was done with this key before; says whether.
+
+        Args:
+            args: as of a call; in place of tensors there may be their addresses.
+        """
         compiled = self.compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*args)
-            return
-        compiled = self.kernel[grid](*args, **options)
-        if compiled is not None:  # it is None where Triton interprets
-            if len(self.compiled) >= _MOST_KERNELS:
-                self.compiled.clear()
-            self.compiled[key] = compiled
+        if compiled is None or compiled.run is None or _hooked():
+            return False
+        _, run, function, metadata = compiled
+        run(*grid, stream, function, metadata, None, None, None, *args)  # no metadata for hooks, and no hooks
+        return True
+
+    def _launch(
+        self, device: int, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            kernel = self.kernel[grid](*args, **options)
+            if kernel is not None:  # it is None where Triton interprets
+                if len(self.compiled) >= _MOST_KERNELS:
+                    self.compiled.clear()
+                self.compiled[key] = _compiled(kernel)
+        elif compiled.run is None or device < 0 or _hooked():
+            compiled.kernel[grid](*args)
+        else:
+            _, run, function, metadata = compiled
+            run(*grid, _compat.current_stream_pointer(device), function, metadata, None, None, None, *args)
+
+
+def _compiled(kernel: Any) -> Compiled:
+    """Of a ``CompiledKernel`` that was launched, so that it is loaded."""
+    run, function, metadata = (getattr(kernel, name, None) for name in ("run", "function", "packed_metadata"))
+    known = callable(run) and function is not None and metadata is not None
+    return Compiled(kernel, run if known else None, function, metadata)
+
+
+def _hooked() -> bool:
+    """Whether somebody wants to hear of launches; also where that cannot be told."""
+    runtime = getattr(knobs, "runtime", None)
+    try:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # type: ignore[union-attr]
+    except AttributeError:
+        return True
+    # Triton 3.6 keeps a list of hooks there, which is empty at first; a hook by itself has no list.
+    return bool((enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)))
 
 
 def kind(number: int) -> int:
