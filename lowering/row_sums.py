@@ -1,37 +1,42 @@
-"""Sums over packed rows, in chunks whose length is a number.
+"""Sums over packed rows, chunk by chunk.
 
-The gradient of a bias or of a norm's weight is a sum over the rows. To keep a GPU busy Inductor sums chunks of rows first, and then
-those sums. Where the number of rows is a symbol it chooses the number of chunks, so that their length is a symbol too: every index
-is then computed with a division, in 64 bits, and every load has a mask. On one H100 the sums over 8960 rows of 768 numbers took
-16.9 us that way, and 5.0 us where 8960 was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of
-14.6 ms; benchmarks/model.py, B 32, S 512). Packed rows come in blocks (`runtime`), so chunks can have a length that is a number.
+The gradient of a bias or of a norm's weight is a sum over the rows. To keep a GPU busy Inductor sums some groups of rows first, and
+then those sums. Where the number of rows is a symbol, so is the length of its groups: every index is then computed from that symbol,
+in 64 bits, and every load has a mask. On one H100 the sums over 8960 rows of 768 numbers took 16.9 us that way, and 5.0 us where 8960
+was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of 14.6 ms; benchmarks/model.py, B 32,
+S 512). Packed rows are whole chunks (`runtime`), so the groups can be the first rows of all chunks, the second rows, and so on: no
+index has a symbol in it then, and consecutive numbers lie side by side. Their sums are then added up, 32 at a time, which Inductor
+does not split again.
 
     before                                    after
-    %s = sum(%x [64*s0, 768], [0])            %y = reshape(%x, [-1, 64, 768])
-                                              %p = sum(%y, [1], dtype=float32)
-                                              %s = sum(%p, [0])    # and back to the dtype of %x
+    %s = sum(%x [s0, 768], [0])               %y = view(%x, [s0 // 64, 64, 768])
+                                              %p = sum(%y, [0], dtype=float32)    # (64, 768)
+                                              %s = sum(%p[:32] + %p[32:], [0])    # and back to the dtype of %x
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from varlen_inductor import _compat_inductor
+from varlen_inductor import _compat, _compat_inductor
+from varlen_inductor.ops.packing import CHUNKS
 from varlen_inductor.patterns.nodes import arguments, aten, tensor
 
-CHUNKS = (128, 64, 32)
-"""Lengths of chunks, the preferred first."""
 MOST_COLUMNS = 16384
-"""With more sums than this side by side a GPU is busy without chunks. (Inductor's own limit depends on the device.)"""
+"""With more sums than this side by side a GPU is busy without groups. (Inductor's own limit depends on the device.)"""
+ENOUGH_SUMS = 49152
+"""So many sums at once keep a GPU busy: 64 groups of 768, about what Inductor makes of as many rows."""
+UNSPLIT = 32
+"""Inductor sums so many numbers at once without splitting the sum."""
 
 
 def split_row_sums(graph: fx.Graph, device_type: str = "cuda") -> int:
-    """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; the number of sums that were split."""
+    """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; the number of sums that were changed."""
     sums = [node for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList) if _chunk(node, device_type)]
     if sums and _compat_inductor.inductor_setting("triton.mix_order_reduction"):
         # Inductor sums such rows in the kernel that reduces each of them, which is better still.
@@ -43,7 +48,7 @@ def split_row_sums(graph: fx.Graph, device_type: str = "cuda") -> int:
 
 
 def _chunk(node: fx.Node, device_type: str) -> int:
-    """The length of chunks for this sum; 0 if it stays."""
+    """The length of the chunks that this sum is made by; 0 if it stays."""
     x = tensor(node.args[0])
     if x is None or x.device.type != device_type or x.dim() < 2 or not x.dtype.is_floating_point:
         return 0
@@ -53,9 +58,12 @@ def _chunk(node: fx.Node, device_type: str) -> int:
     rows, *rest = x.shape
     if not isinstance(rows, torch.SymInt) or not all(isinstance(n, int) for n in rest):
         return 0
-    if not 0 < torch.Size(rest).numel() <= MOST_COLUMNS:
+    columns = math.prod(rest)
+    if not 0 < columns <= MOST_COLUMNS:
         return 0
-    return next((n for n in CHUNKS if sympy.Mod(rows.node.expr, n) == 0), 0)
+    possible = [n for n in CHUNKS if _compat.known_true(rows % n == 0)]
+    # The shortest that keeps the device busy, or else the longest.
+    return next((n for n in sorted(possible) if n * columns >= ENOUGH_SUMS), max(possible, default=0))
 
 
 def _split(graph: fx.Graph, node: fx.Node, chunk: int) -> None:
@@ -71,9 +79,13 @@ def _split(graph: fx.Graph, node: fx.Node, chunk: int) -> None:
         return new
 
     with graph.inserting_before(node):
-        parts = call(aten.reshape.default, given["self"], [-1, chunk, *x.shape[1:]])
-        sums = call(aten.sum.dim_IntList, parts, [1], dtype=summed_in)
-        total = call(aten.sum.dim_IntList, sums, [0], given["keepdim"])
+        chunks = call(operator.floordiv, call(aten.sym_size.int, given["self"], 0), chunk)
+        parts = call(aten.view.default, given["self"], [chunks, chunk, *x.shape[1:]])
+        sums = call(aten.sum.dim_IntList, parts, [0], dtype=summed_in)
+        total = call(aten.slice.Tensor, sums, 0, 0, UNSPLIT)
+        for start in range(UNSPLIT, chunk, UNSPLIT):
+            total = call(aten.add.Tensor, total, call(aten.slice.Tensor, sums, 0, start, start + UNSPLIT))
+        total = call(aten.sum.dim_IntList, total, [0], given["keepdim"])
         if summed_in != wanted:
             total = call(torch.ops.prims.convert_element_type.default, total, wanted)
     node.replace_all_uses_with(total)

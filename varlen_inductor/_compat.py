@@ -215,6 +215,13 @@ def counters() -> Counter[str]:
     return pages["varlen_inductor"]  # type: ignore[no-any-return]
 
 
+def known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds whatever they are, without making it a guard. Read in 2.11, 2.13."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def register_log() -> None:
     """Make ``varlen_inductor`` a name that ``TORCH_LOGS`` knows. Read in 2.11, 2.13."""
     from torch._logging._internal import register_log as register

@@ -1,9 +1,9 @@
 """Plan and body: how a packed graph runs.
 
-The number of valid tokens is known only when the data is. The *plan* finds it (one host synchronisation), rounded up so that few
-different numbers occur, and the *body* gets the packed rows' indices in blocks of a fixed length, whose number is an ordinary
-dynamic size: one compiled graph for all numbers, in which every number of rows is known to be a multiple of a block. When packing
-cannot pay, or a fact that it relies on does not hold, the padded graph runs, exactly as the user wrote it.
+The number of valid tokens is known only when the data is. The *plan* finds it (one host synchronisation), rounded up so that
+few different numbers occur, and the *body* gets the packed rows' indices as an input whose length is an ordinary dynamic
+size: one compiled graph for all numbers. When packing cannot pay, or a fact that it relies on does not hold, the padded graph
+runs, exactly as the user wrote it.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class PackedProgram:
         self.strict = config.strict
         self.broken = False
         self.too_small = False
-        # Half of what rows are rounded to, so that there are never less than two: of one the compiler would make a case of its own.
-        self.block = self.round_tokens // 2 if self.round_tokens % 2 == 0 else 1
-        self.body = inner.nested(_taking_blocks(body, domains), dynamic=dynamic, packed=True)
+        self.body = inner.nested(_with_whole_chunks(body, domains, self.round_tokens), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
@@ -74,7 +72,6 @@ class PackedProgram:
                 inputs = self._plan(args)
         if inputs is None:
             return self._padded_step(args)
-        inputs[::3] = [index.view(-1, self.block) for index in inputs[::3]]
         key = (*self._known_by(args), *[index.shape[0] for index in inputs[::3]])
         if not self.body.knows(key):
             for index in inputs[::3]:
@@ -126,9 +123,8 @@ class PackedProgram:
     def _rows(self, pending: Sequence[packing.PendingPlan], counts: Sequence[int], args: Sequence[Any]) -> list[int]:
         """How many rows each domain is packed into.
 
-        A number of blocks that is a size of some input, too, would be taken for the same size by the compiler, which would then
-        compile again when they differ; so such a number is passed over. Just once: attention presumes no more than two roundings
-        of dead rows.
+        A size that some input has too would be taken for the same size by the compiler, which would then compile again when
+        they differ; so such a number is passed over. Just once: attention presumes no more than two roundings of dead rows.
         """
         if self._sizes is None or self.sizes_vary:
             self._sizes = frozenset(n for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for n in x.shape)
@@ -136,9 +132,9 @@ class PackedProgram:
         rows = []
         for plan, count in zip(pending, counts):
             n = plan.rows_for(count)
-            if n // self.block in taken:
+            if n in taken:
                 n += self.round_tokens
-            taken.add(n // self.block)
+            taken.add(n)
             rows.append(n)
         return rows
 
@@ -155,14 +151,18 @@ def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
     plan.recompile()
 
 
-def _taking_blocks(body: fx.GraphModule, domains: int) -> Callable[..., Any]:
-    """The body as a function that takes each domain's ``index`` (T,) in blocks: (T / block, block)."""
+def _with_whole_chunks(body: fx.GraphModule, domains: int, round_tokens: int) -> Callable[..., Any]:
+    """The body as a function which says of its packed rows that they are whole chunks.
+
+    Sums over rows are made chunk by chunk (`lowering.row_sums`).
+    """
+    chunks = tuple(n for n in packing.CHUNKS if round_tokens % n == 0)
 
     def graph(*args: Any) -> Any:
-        given = list(args)
-        for at in range(len(args) - 3 * domains, len(args), 3):
-            given[at] = given[at].view(-1)
-        return body(*given)
+        for index in args[len(args) - 3 * domains :: 3]:
+            for n in chunks:
+                torch._check(index.shape[0] % n == 0)
+        return body(*args)
 
     return graph
 

@@ -15,21 +15,18 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from varlen_inductor.lowering.row_sums import split_row_sums
 
 aten = torch.ops.aten
-BLOCK = 64
 
 
 def traced(
-    function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24, chunk: int = 64
 ) -> tuple[fx.GraphModule, Tensor]:
-    """The graph of ``function`` of rows (T, width) that come in blocks, T a symbol times 64; and the operand of the graph."""
-
-    def of_blocks(x: Tensor) -> Tensor:
-        return function(x.view(-1, width))
-
+    """The graph of ``function`` of rows (T, width), T a symbol that is known to be a multiple of ``chunk``; and an operand."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC])
-    x = mode.from_tensor(torch.randn(3, BLOCK, width).to(dtype), symbolic_context=sizes)
-    return make_fx(of_blocks)(x), torch.randn(5, BLOCK, width).to(dtype)
+    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.randn(3 * chunk, width).to(dtype), symbolic_context=sizes)
+    for n in {chunk, min(chunk, 32)}:
+        torch._check(x.shape[0] % n == 0)
+    return make_fx(function)(x), torch.randn(5 * chunk, width).to(dtype)
 
 
 def sums(gm: fx.GraphModule) -> list[list[int]]:
@@ -42,7 +39,7 @@ def check(gm: fx.GraphModule, x: Tensor, expected: int) -> None:
     assert split_row_sums(gm.graph, x.device.type) == expected
     gm.graph.lint()
     gm.recompile()
-    assert sums(gm) == ([[1], [0]] * expected if expected else before)
+    assert sums(gm) == ([[0], [0]] * expected if expected else before)
     made = gm.graph.output_node().args[0].meta["val"]
     assert (made.dtype, made.shape) == (form.dtype, form.shape)
     exact = x.dtype == torch.float64
@@ -60,9 +57,10 @@ def test_half_precision_is_summed_in_single() -> None:
     gm, _ = traced(lambda x: x.sum([0]), torch.float16)
     assert split_row_sums(gm.graph, "cpu") == 1
     gm.recompile()
-    x = torch.ones(40, BLOCK, 24, dtype=torch.float16)
-    x[0] = 2048 / BLOCK
-    assert (gm(x) == float(2048 + 39 * BLOCK)).all()
+    x = torch.ones(40 * 64, 24, dtype=torch.float16)
+    x[:64] = 2048 / 64
+    x[64] = 2048.0
+    assert (gm(x) == float(2 * 2048 + 39 * 64 - 1)).all()
 
 
 def test_another_dtype() -> None:
@@ -72,7 +70,7 @@ def test_another_dtype() -> None:
 STAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "columns": lambda x: x.sum([1]),
     "everything": lambda x: x.sum([0, 1]),
-    "a row more than blocks": lambda x: torch.cat([x, x[:1]]).sum([0]),
+    "a row more than chunks": lambda x: torch.cat([x, x[:1]]).sum([0]),
     "so many rows": lambda x: x[:128].sum([0]),
     "numbers that are not floating": lambda x: (x > 0).long().sum([0]),
 }
@@ -86,6 +84,23 @@ def test_stays(case: str) -> None:
 
 def test_many_columns_stay() -> None:
     check(*traced(lambda x: x.sum([0]), width=20000), expected=0)
+
+
+def test_length_of_chunks() -> None:
+    """The shorter, where the sums are many enough."""
+
+    def length(width: int, chunk: int = 64) -> object:
+        gm, x = traced(lambda x: x.sum([0]), width=width, chunk=chunk)
+        check(gm, x, expected=1)
+        (view,) = gm.graph.find_nodes(op="call_function", target=aten.view.default)
+        return view.args[1][1]
+
+    assert [length(width) for width in (8, 768, 1536, 3072)] == [64, 64, 32, 32]
+    assert length(8, chunk=32) == 32
+
+
+def test_rows_that_are_no_chunks_stay() -> None:
+    check(*traced(lambda x: x.sum([0]), chunk=16), expected=0)
 
 
 def test_another_device_stays() -> None:

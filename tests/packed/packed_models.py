@@ -113,7 +113,7 @@ def look_at(gm: fx.GraphModule) -> Seen:
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     indices = {node.args[1] for node in nodes if node.target is ops.pack.default}
-    if not all(_comes_in_blocks(node) for node in indices):
+    if not all(node.op == "placeholder" and "example_value" in node.meta for node in indices):
         return Seen()
     tokens = {_size(node.meta["example_value"], 0) for node in indices}
     seen = Seen(bool(indices), unpacks=sum(node.target is ops.unpack.default for node in nodes))
@@ -129,11 +129,6 @@ def look_at(gm: fx.GraphModule) -> Seen:
         else:
             seen.other += 1
     return seen
-
-
-def _comes_in_blocks(index: fx.Node) -> bool:
-    """Whether packed rows are an input of the graph, as a body has them."""
-    return index.target == "view" and index.all_input_nodes[0].op == "placeholder" and "example_value" in index.meta
 
 
 def _size(tensor: Tensor, dim: int) -> object:

@@ -22,7 +22,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
-def broken_body(gm: torch.fx.GraphModule, domains: int):  # type: ignore[no-untyped-def]
+def broken_body(gm: torch.fx.GraphModule, domains: int, round_tokens: int):  # type: ignore[no-untyped-def]
     def graph(*args):  # type: ignore[no-untyped-def]
         torch._dynamo.graph_break()
         return gm(*args)
@@ -38,7 +38,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_body_that_does_not_compile_runs_padded(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(runtime, "_taking_blocks", broken_body)
+    monkeypatch.setattr(runtime, "_with_whole_chunks", broken_body)
     model = Attention()
     with config.patch(inner_backend="eager", round_tokens=8):
         compiled = torch.compile(model, backend=backend)
@@ -48,7 +48,7 @@ def test_a_body_that_does_not_compile_runs_padded(
 
 
 def test_strict_raises(monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    monkeypatch.setattr(runtime, "_taking_blocks", broken_body)
+    monkeypatch.setattr(runtime, "_with_whole_chunks", broken_body)
     with config.patch(inner_backend="eager", round_tokens=8, strict=True):
         compiled = torch.compile(Attention(), backend=backend)
         with pytest.raises(torch._dynamo.exc.Unsupported):

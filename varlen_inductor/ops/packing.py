@@ -21,6 +21,9 @@ from torch import Tensor
 
 from . import plan_kernels
 
+CHUNKS = (64, 32)
+"""Packed rows are whole chunks of those of these lengths that divide what their number is rounded to."""
+
 RowsOf = Callable[[Tensor, Tensor], Tensor]
 
 _LIB = torch.library.Library("varlen_inductor", "FRAGMENT")
