@@ -1,12 +1,12 @@
 """Sums over packed rows, chunk by chunk.
 
-The gradient of a bias or of a norm's weight is a sum over the rows. To keep a GPU busy Inductor sums some groups of rows first, and
-then those sums. Where the number of rows is a symbol, so is the length of its groups: every index is then computed from that symbol,
-in 64 bits, and every load has a mask. On one H100 the sums over 8960 rows of 768 numbers took 16.9 us that way, and 5.0 us where 8960
-was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of 14.6 ms; benchmarks/model.py, B 32,
-S 512). Packed rows are whole chunks (`runtime`), so the groups can be the first rows of all chunks, the second rows, and so on: no
-index has a symbol in it then, and consecutive numbers lie side by side. Their sums are then added up, 32 at a time, which Inductor
-does not split again.
+The gradient of a bias or of a norm's weight is a sum over the rows. To keep a GPU busy Inductor sums some groups of rows first,
+and then those sums. Where the number of rows is a symbol, so is the length of its groups: every index is then computed from that
+symbol, in 64 bits, and every load has a mask. On one H100 the sums over 8960 rows of 768 numbers took 16.9 us that way, and 5.0
+us where 8960 was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of 14.6 ms;
+benchmarks/model.py, B 32, S 512). Packed rows are whole chunks (`runtime`), so the groups can be the first rows of all chunks,
+the second rows, and so on: no index has a symbol in it then, and consecutive numbers lie side by side. Their sums are then added
+up, 32 at a time, which Inductor does not split again.
 
     before                                    after
     %s = sum(%x [s0, 768], [0])               %y = view(%x, [s0 // 64, 64, 768])
