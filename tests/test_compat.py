@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn import functional as F
 
 from varlen_inductor import _compat, _compat_inductor, config
@@ -311,3 +313,22 @@ def test_inductor_decompositions() -> None:
     assert isinstance(decomposition.decompositions, dict)
     assert callable(decomposition.fast_random_decomps.cache_clear)
     _compat_inductor.register_inductor_decompositions({})
+
+
+def test_launches_of_generated_kernels() -> None:
+    """Either Inductor launches quickly by itself, or what is looked at is there. (Whether that works: `test_quick_launches`.)"""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    assert isinstance(_compat_inductor.generated_modules(), list)
+    quick = hasattr(CachingAutotuner, "_build_fast_launcher")
+    assert quick or callable(CachingAutotuner.is_statically_launchable)
+    assert callable(CachingAutotuner.run)
+
+
+def test_known_true() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    rows = mode.from_tensor(torch.ones(6), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC])).shape[0]
+    assert not _compat.known_true(rows % 3 == 0)
+    torch._check(rows % 3 == 0)
+    assert _compat.known_true(rows % 3 == 0)
+    assert not _compat.known_true(rows == 6)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -189,3 +190,49 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
     if op not in lowering.lowerings:
         lowering.add_needs_realized_inputs(op)
         lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def generated_modules() -> list[ModuleType]:
+    """The modules of generated Python code that are loaded, in their order. Read in 2.11, 2.13."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return list(PyCodeCache.modules)
+
+
+def launch_quickly(module: ModuleType) -> int:
+    """Let the kernels of a module of generated code be launched without the questions that their first launch has settled.
+
+    Only those that were launched before, with one configuration left. While a profiler or a debug mode listens, and where kernels
+    are still tuned or stored, they go Inductor's way. From 2.13 on Inductor does this itself. Read in 2.11, 2.13.
+
+    Returns:
+        how many kernels that were.
+    """
+    from torch._inductor import config
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, DebugAutotuner
+
+    if hasattr(CachingAutotuner, "_build_fast_launcher") or config.coordinate_descent_tuning:
+        return 0
+    done = 0
+    for kernel in list(vars(module).values()):
+        if not isinstance(kernel, CachingAutotuner) or isinstance(kernel, DebugAutotuner) or "run" in vars(kernel):
+            continue
+        special = any(getattr(kernel, name, True) for name in ("triton_interpret", "dump_launch_params", "dump_launch_tensors"))
+        if special or len(kernel.launchers) != 1 or getattr(kernel.launchers[0], "store_cubin", True):
+            continue
+        if kernel.is_statically_launchable():  # then it needs no memory of Triton's allocator, which `run` sets
+            kernel.run = _quick(kernel.run, kernel.launchers[0])  # type: ignore[method-assign]
+            done += 1
+    return done
+
+
+def _quick(run: Callable[..., Any], launcher: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.autograd import profiler
+    from torch.utils._debug_mode import get_active_debug_mode
+
+    def launch(*args: Any, stream: Any, **options: Any) -> Any:
+        if options or profiler._is_profiler_enabled or get_active_debug_mode():
+            return run(*args, stream=stream, **options)
+        return launcher(*args, stream=stream)
+
+    return launch

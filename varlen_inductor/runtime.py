@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, config, report
+from varlen_inductor.lowering.quick_launches import QuickLaunches
 from varlen_inductor.ops import packing
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class PackedProgram:
         self.too_small = False
         self.body = inner.nested(_with_whole_chunks(body, domains, self.round_tokens), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
+        self.launches = QuickLaunches()
 
     def __call__(self, *args: Any) -> Any:
         inputs = None
@@ -78,6 +80,7 @@ class PackedProgram:
                 torch._dynamo.maybe_mark_dynamic(index, 0)
         try:
             result = self.body(*args, *inputs, key=key)
+            self.launches.called()
             _compat.counters()["packed_steps"] += 1
             return result
         except _compat.compile_failures():

@@ -1,0 +1,107 @@
+"""Kernels of generated code that have settled down are launched without Inductor's questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+from varlen_inductor import _compat_inductor
+from varlen_inductor.lowering.quick_launches import FIRST, QuickLaunches
+
+
+class Launcher:
+    store_cubin = False
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any, stream: int) -> str:
+        self.launched.append((*args, stream))
+        return "quick"
+
+
+def kernel(launchers: int = 1, **attributes: Any) -> CachingAutotuner:
+    """As it is after its first launch; its own `run` answers "slow"."""
+    made = CachingAutotuner.__new__(CachingAutotuner)
+    made.launchers = [Launcher() for _ in range(launchers)]
+    made.triton_interpret = made.dump_launch_params = made.dump_launch_tensors = False
+    made.is_statically_launchable = lambda: True
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of generated code, under an Inductor that does not do this itself."""
+    monkeypatch.delattr(CachingAutotuner, "_build_fast_launcher", raising=False)
+    monkeypatch.setattr(CachingAutotuner, "run", lambda self, *args, stream, **options: "slow")
+    made = ModuleType("generated")
+    made.call = lambda args: args  # type: ignore[attr-defined]
+    return made
+
+
+def test_quick(module: ModuleType) -> None:
+    module.triton_poi_fused_0 = settled = kernel()  # type: ignore[attr-defined]
+    assert settled.run(1, 2, stream=3) == "slow"
+    assert _compat_inductor.launch_quickly(module) == 1
+    assert settled.run(1, 2, stream=3) == "quick"
+    assert settled.launchers[0].launched == [(1, 2, 3)]
+    assert _compat_inductor.launch_quickly(module) == 0, "it is done once"
+
+
+def test_options_and_profilers_go_the_long_way(module: ModuleType) -> None:
+    module.triton_poi_fused_0 = settled = kernel()  # type: ignore[attr-defined]
+    _compat_inductor.launch_quickly(module)
+    assert settled.run(1, stream=3, benchmark_run=True) == "slow"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert settled.run(1, stream=3) == "slow"
+    assert settled.run(1, stream=3) == "quick"
+
+
+STAYS: dict[str, Callable[[], CachingAutotuner]] = {
+    "never launched": lambda: kernel(0),
+    "still several configurations": lambda: kernel(2),
+    "interpreted": lambda: kernel(triton_interpret=True),
+    "dumped": lambda: kernel(dump_launch_params=True),
+    "needs Triton's allocator": lambda: kernel(is_statically_launchable=lambda: False),
+}
+
+
+@pytest.mark.parametrize("case", STAYS)
+def test_stays(case: str, module: ModuleType) -> None:
+    module.triton_poi_fused_0 = other = STAYS[case]()  # type: ignore[attr-defined]
+    assert _compat_inductor.launch_quickly(module) == 0
+    assert other.run(1, stream=3) == "slow"
+
+
+def test_not_where_inductor_does_it(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module.triton_poi_fused_0 = kernel()  # type: ignore[attr-defined]
+    monkeypatch.setattr(CachingAutotuner, "_build_fast_launcher", lambda self, launcher: None, raising=False)
+    assert _compat_inductor.launch_quickly(module) == 0
+
+
+def test_only_code_that_was_loaded_since(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And code that is loaded late, a first backward's, is found later."""
+    before, early, late = module, ModuleType("early"), ModuleType("late")
+    kernels = [kernel() for _ in range(3)]
+    for each, one in zip((before, early, late), kernels):
+        each.triton_poi_fused_0 = one  # type: ignore[attr-defined]
+    monkeypatch.setattr(PyCodeCache, "modules", [before])
+    launches = QuickLaunches()
+    PyCodeCache.modules.append(early)
+    for _ in range(FIRST - 1):
+        launches.called()
+    assert [each.run(stream=0) for each in kernels] == ["slow", "slow", "slow"]
+    launches.called()
+    PyCodeCache.modules.append(late)
+    assert [each.run(stream=0) for each in kernels] == ["slow", "quick", "slow"]
+    for _ in range(FIRST):
+        launches.called()
+    assert [each.run(stream=0) for each in kernels] == ["slow", "quick", "quick"]
