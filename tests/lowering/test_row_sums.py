@@ -83,7 +83,7 @@ def test_stays(case: str) -> None:
 
 
 def test_many_columns_stay() -> None:
-    check(*traced(lambda x: x.sum([0]), width=20000), expected=0)
+    check(*traced(lambda x: x.sum([0]), width=140000, chunk=32), expected=0)
 
 
 def test_length_of_chunks() -> None:
