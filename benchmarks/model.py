@@ -11,8 +11,10 @@ in training. The *limit* is the padded time multiplied by the share of valid tok
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class Config:
     """Or those of paragraphs of Python's documentation in words ("text"), or no padding at all ("full")."""
 
 
+PHASES = ("forward", "forward+backward")
 MLM, CLASSIFICATION = "masked language model", "classification"
 CONFIGS = {
     "cuda": (
@@ -212,11 +215,12 @@ def gpu_busy_ms(step: Callable[[], None]) -> float | None:
 
 
 def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int) -> list[dict[str, Any]]:
-    torch._dynamo.reset()
+    """Every time first, then what a profiler says: once there was one in a process, its launches take longer."""
     model, batch, mask = make(config, device, dtype)
     density = float(mask.float().mean())
     rows: list[dict[str, Any]] = []
-    for phase in ("forward", "forward+backward"):
+    to_profile: list[tuple[str, dict[str, Any], Callable[[], None]]] = []
+    for phase in PHASES:
         model.train(phase != "forward")
         compiled = programs(config, model, device, mode)
         todo: dict[str, Callable[[], None]] = {}
@@ -244,9 +248,19 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
                 "queued_speedup": queued["plain torch.compile"] / queued[name],
             }
             if name in todo:
-                row |= {"first_call_s": first[name], "gpu_busy_ms": gpu_busy_ms(todo[name]), "peak_mib": memory_of(todo[name])}
+                row |= {"first_call_s": first[name], "peak_mib": memory_of(todo[name])}
+                to_profile.append((phase, row, todo[name]))
             rows.append(row)
+    for phase, row, step in to_profile:
+        model.train(phase != "forward")
+        row["gpu_busy_ms"] = gpu_busy_ms(step)
     return rows
+
+
+def in_a_process(*args: Any) -> list[dict[str, Any]]:
+    """`run` in a process of its own, which no other configuration has left anything in."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *args).result()
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -272,7 +286,7 @@ def main() -> None:
     for mode in options.mode:
         for config in CONFIGS[options.device]:
             if options.config is None or config.name in options.config:
-                found = run(config, options.device, dtype, mode, repeat)
+                found = in_a_process(config, options.device, dtype, mode, repeat)
                 show(found)
                 rows += found
                 # So far, for long runs that are cut off.

@@ -1,9 +1,10 @@
 """varlen_attn for AOTInductor, whose code runs without Python and so cannot call our kernels: all of it in ATen operators.
 
-On CUDA `lowering.attention` takes PyTorch's FlashAttention operator wherever that alone does what ours promises. Everything else
-is written out here: each sequence in a row of its own, padded to the longest, and masked. That is exact and runs anywhere, but
-gains nothing over a padded model, so the passes leave padded attention alone where it would come to this
-(``refusal``); it is for models that call varlen attention themselves.
+On CUDA `lowering.attention` takes PyTorch's FlashAttention operator where that alone does what ours promises and ``config.kernels``
+names it: programs that were compiled so crashed when they were loaded and run (tests/gpu/test_lowering_gpu.py with PyTorch 2.11 on
+a H100 and a H200; the cause is not known). Everything else is written out here: each sequence in a row of its own, padded to the
+longest, and masked. That is exact and runs anywhere, but gains nothing over a padded model, so the passes leave padded attention
+alone where it would come to this (``refusal``); it is for models that call varlen attention themselves.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import math
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends import aten_flash
+from varlen_inductor.ops.backends import aten_flash, named
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why a rewritten attention would not be a fast kernel in AOTInductor's code, in words for the user, or None."""
+def refusal(problem: Problem, kernels: str) -> str | None:
+    """Why a rewritten attention would not be a fast kernel in AOTInductor's code, in words for the user, or None.
+
+    Args:
+        kernels: the knob ``varlen_inductor.config.kernels``.
+    """
     reason = aten_flash.supports(problem)
     if reason is None and (problem.head_dim != problem.head_dim_v or problem.head_dim % 8):
         reason = "its head dims must be equal and multiples of 8"
@@ -26,7 +31,11 @@ def refusal(problem: Problem) -> str | None:
         reason = "its window must end at the query"
     if reason is None and problem.dropout_p > 0.0:
         reason = "it drops weights"
-    return None if reason is None else f"AOTInductor's code can only call aten_flash: {reason}"
+    if reason is not None:
+        return f"AOTInductor's code can only call aten_flash: {reason}"
+    if aten_flash.BACKEND.name not in named(kernels)[0]:
+        return "AOTInductor's code crashed when it was tried with aten_flash; config.kernels = 'aten_flash' takes it all the same"
+    return None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ def _direct(
         return False
     problem = Problem.of(query, key, value, layout, rule)
     if ahead_of_time:
-        return ahead.refusal(problem) is None
+        return ahead.refusal(problem, kernels or config.kernels) is None
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 

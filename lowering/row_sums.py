@@ -28,9 +28,9 @@ from varlen_inductor.ops.packing import CHUNKS
 from varlen_inductor.patterns.nodes import arguments, aten, tensor
 
 MOST_COLUMNS = 131072
-"""With more sums than this side by side a GPU is busy without groups. (With 30528 it is not: the gradient of BERT's vocabulary bias,
-summed in the kernel that also computes the gradient of a softmax, took 1.95 ms of a H200; plain Inductor, in two kernels, 1.2 for
-nearly twice the rows.)"""
+"""With more sums than this side by side a GPU is busy without groups. (With 30528 it is not: the gradient of BERT's vocabulary
+bias, summed in the kernel that also computes the gradient of a softmax, took 1.95 ms of a H200; plain Inductor, in two kernels, 1.2
+for nearly twice the rows.)"""
 ENOUGH_SUMS = 49152
 """So many sums at once keep a GPU busy: 64 groups of 768, about what Inductor makes of as many rows."""
 UNSPLIT = 32

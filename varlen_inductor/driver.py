@@ -438,7 +438,7 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         deterministic=must_be_deterministic(),
     )
     if _compat_inductor.compiles_ahead_of_time():
-        reason = ahead.refusal(problem)
+        reason = ahead.refusal(problem, config.kernels)
         if reason is not None:
             raise SiteRefused(site, reason)
         sites.lines[site].kernel = "aten_flash"

@@ -17,6 +17,7 @@ from varlen_inductor import report
 from varlen_inductor.lowering import ahead
 from varlen_inductor.ops import packing
 from varlen_inductor.ops.attention import split_arguments
+from varlen_inductor.ops.problem import Problem
 
 DATA: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -105,7 +106,7 @@ def test_on_the_cpu_padded_attention_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", [False, True])
 def test_a_padded_model(prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, but that the attention itself is written out in the end."""
-    monkeypatch.setattr(ahead, "refusal", lambda problem: None)
+    monkeypatch.setattr(ahead, "refusal", lambda problem, kernels: None)
 
     class Lengths(Model):
         def forward(self, x: Tensor, valid: Tensor) -> Tensor:
@@ -128,3 +129,13 @@ def test_varlen_attention_of_pytorch(tmp_path: Path) -> None:
     other = torch.tensor([0, 3, 9, 15], dtype=torch.int32)
     expected = torch.ops.varlen_inductor.varlen_attn(x.sin(), x, x, other, other, 11, 11, window_left=3, window_right=0)[0].cos()
     assert torch.allclose(run_elsewhere(tmp_path / "model.pt2", (x, other)), expected, atol=1e-5)
+
+
+def test_what_crashed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, where the kernel could run, it must be named."""
+    monkeypatch.setattr(ahead.aten_flash, "supports", lambda problem: None)
+    problem = Problem(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64)
+    assert "crashed" in (ahead.refusal(problem, "auto") or "")
+    assert "crashed" in (ahead.refusal(problem, "-triton") or "")
+    assert ahead.refusal(problem, "aten_flash") is None
+    assert "equal" in (ahead.refusal(problem._replace(head_dim_v=32), "aten_flash") or "")
