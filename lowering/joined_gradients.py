@@ -24,6 +24,7 @@ from varlen_inductor.ops.problem import Problem
 from varlen_inductor.patterns.nodes import arguments, aten, calls, same_size, tensor
 
 _ops = torch.ops.varlen_inductor
+_VIEWS = (aten.reshape, aten.view, aten.unsqueeze, aten.squeeze)
 
 
 def join_gradients(graph: fx.Graph) -> int:
@@ -33,7 +34,7 @@ def join_gradients(graph: fx.Graph) -> int:
     joined = 0
     for cat in list(graph.find_nodes(op="call_function", target=aten.cat.default)):
         attention = _attention_of(cat)
-        if attention is not None and _writes_in_place(attention):
+        if attention is not None and not any(map(_leaves, attention.users)) and _writes_in_place(attention):
             _join(graph, attention, cat)
             joined += 1
     return joined
@@ -49,7 +50,7 @@ def _attention_of(cat: fx.Node) -> fx.Node | None:
     for place, piece in enumerate(pieces):
         at: Any = piece
         x = tensor(piece)
-        while calls(at, aten.reshape, aten.view, aten.unsqueeze, aten.squeeze):
+        while calls(at, *_VIEWS):
             at = at.args[0]
         if x is None or not isinstance(at, fx.Node) or at.target is not operator.getitem or at.args[1] != place:
             return None
@@ -57,9 +58,17 @@ def _attention_of(cat: fx.Node) -> fx.Node | None:
         if not calls(found, _ops.varlen_attn_backward) or attention not in (None, found):
             return None
         attention = found
-        if x.dtype != joined.dtype or not same_size(x.shape[0], at.meta["val"].shape[0]):
+        if not x.dtype == joined.dtype == at.meta["val"].dtype or not same_size(x.shape[0], at.meta["val"].shape[0]):
             return None
     return attention
+
+
+def _leaves(gradient: fx.Node) -> bool:
+    """Whether a gradient, or a view of it, is a result of the graph.
+
+    It would share memory with the joined one, which may be another: whoever gets both may change one in place.
+    """
+    return any(user.op == "output" or (calls(user, *_VIEWS) and _leaves(user)) for user in gradient.users)
 
 
 def _operands(attention: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -102,5 +111,10 @@ def _join(graph: fx.Graph, attention: fx.Node, cat: fx.Node) -> None:
     with graph.inserting_before(cat):
         whole = call(cat, aten.view.default, joined, [-1, *cat.meta["val"].shape[1:]])
     cat.replace_all_uses_with(whole)
+    pieces: list[Any] = list(arguments(cat)["tensors"])
     graph.erase_node(cat)
-    graph.eliminate_dead_code()
+    for at in pieces:
+        while not at.users and calls(at, *_VIEWS, aten.slice):
+            above: Any = at.args[0]
+            graph.erase_node(at)
+            at = above

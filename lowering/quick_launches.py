@@ -8,7 +8,11 @@ backward were launched in 9.2 instead of 10.5 ms.)
 
 from __future__ import annotations
 
+import logging
+
 from varlen_inductor import _compat_inductor
+
+_log = logging.getLogger("varlen_inductor")
 
 FIRST = 4
 """By this call forward and backward have run, and every kernel that they launch was launched and tuned."""
@@ -19,6 +23,7 @@ class QuickLaunches:
 
     def __init__(self) -> None:
         self._calls = 0
+        self._failed = False
         self._loaded_before = len(_compat_inductor.generated_modules())
 
     def called(self) -> None:
@@ -27,6 +32,10 @@ class QuickLaunches:
         More code may be loaded at any time (a first backward, another grad mode), so this looks again, ever more rarely.
         """
         self._calls += 1
-        if self._calls >= FIRST and self._calls & (self._calls - 1) == 0:
-            for module in _compat_inductor.generated_modules()[self._loaded_before :]:
-                _compat_inductor.launch_quickly(module)
+        if self._calls >= FIRST and self._calls & (self._calls - 1) == 0 and not self._failed:
+            try:
+                for module in _compat_inductor.generated_modules()[self._loaded_before :]:
+                    _compat_inductor.launch_quickly(module)
+            except Exception:  # names of Inductor's that have moved: launches are then as they were
+                self._failed = True
+                _log.warning("kernels of generated code cannot be launched more quickly", exc_info=True)

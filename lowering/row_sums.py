@@ -52,7 +52,9 @@ def split_row_sums(graph: fx.Graph, device_type: str = "cuda") -> int:
 def _chunk(node: fx.Node, device_type: str) -> int:
     """The length of the chunks that this sum is made by; 0 if it stays."""
     x = tensor(node.args[0])
-    if x is None or x.device.type != device_type or x.dim() < 2 or not x.dtype.is_floating_point:
+    if x is None or x.device.type != device_type or x.dim() < 2:
+        return 0
+    if not (x.dtype.is_floating_point and node.meta["val"].dtype.is_floating_point):
         return 0
     dims: Any = arguments(node)["dim"]
     if [d % x.dim() for d in dims or ()] != [0]:

@@ -202,37 +202,48 @@ def generated_modules() -> list[ModuleType]:
 def launch_quickly(module: ModuleType) -> int:
     """Let the kernels of a module of generated code be launched without the questions that their first launch has settled.
 
-    Only those that were launched before, with one configuration left. While a profiler or a debug mode listens, and where kernels
-    are still tuned or stored, they go Inductor's way. From 2.13 on Inductor does this itself. Read in 2.11, 2.13.
+    Only those with one configuration left, and nothing more to tune. While a profiler or a debug mode listens they go Inductor's
+    way, and always where they are stored or dumped. From 2.13 on Inductor does this itself. Read in 2.11, 2.13.
 
     Returns:
         how many kernels that were.
     """
-    from torch._inductor import config
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner, DebugAutotuner
 
-    if hasattr(CachingAutotuner, "_build_fast_launcher") or config.coordinate_descent_tuning:
+    if hasattr(CachingAutotuner, "_build_fast_launcher"):
         return 0
     done = 0
-    for kernel in list(vars(module).values()):
-        if not isinstance(kernel, CachingAutotuner) or isinstance(kernel, DebugAutotuner) or "run" in vars(kernel):
+    for name, kernel in list(vars(module).items()):
+        if not isinstance(kernel, CachingAutotuner) or isinstance(kernel, DebugAutotuner) or len(kernel.launchers) != 1:
             continue
+        (launcher,) = kernel.launchers
         special = any(getattr(kernel, name, True) for name in ("triton_interpret", "dump_launch_params", "dump_launch_tensors"))
-        if special or len(kernel.launchers) != 1 or getattr(kernel.launchers[0], "store_cubin", True):
+        tuned = not kernel.inductor_meta.get("coordinate_descent_tuning") or getattr(launcher.config, "found_by_coordesc", False)
+        if special or not tuned or getattr(launcher, "store_cubin", True):
             continue
         if kernel.is_statically_launchable():  # then it needs no memory of Triton's allocator, which `run` sets
-            kernel.run = _quick(kernel.run, kernel.launchers[0])  # type: ignore[method-assign]
+            # In the module and not on the kernel, which other modules share and caches pickle.
+            setattr(module, name, _Quick(kernel, launcher))
             done += 1
     return done
 
 
-def _quick(run: Callable[..., Any], launcher: Callable[..., Any]) -> Callable[..., Any]:
-    from torch.autograd import profiler
-    from torch.utils._debug_mode import get_active_debug_mode
+class _Quick:
+    """What generated code finds in the place of a kernel: the kernel itself, but for its launches."""
 
-    def launch(*args: Any, stream: Any, **options: Any) -> Any:
-        if options or profiler._is_profiler_enabled or get_active_debug_mode():
-            return run(*args, stream=stream, **options)
-        return launcher(*args, stream=stream)
+    def __init__(self, kernel: Any, launcher: Callable[..., Any]) -> None:
+        from torch.autograd import profiler
+        from torch.utils._debug_mode import get_active_debug_mode
 
-    return launch
+        def run(*args: Any, stream: Any, **options: Any) -> Any:
+            if options or profiler._is_profiler_enabled or get_active_debug_mode():
+                return kernel.run(*args, stream=stream, **options)
+            return launcher(*args, stream=stream)
+
+        self._kernel = kernel
+        self.run = run
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_kernel":  # while it is being made
+            raise AttributeError(name)
+        return getattr(self._kernel, name)

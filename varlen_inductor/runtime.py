@@ -80,9 +80,6 @@ class PackedProgram:
                 torch._dynamo.maybe_mark_dynamic(index, 0)
         try:
             result = self.body(*args, *inputs, key=key)
-            self.launches.called()
-            _compat.counters()["packed_steps"] += 1
-            return result
         except _compat.compile_failures():
             # The body compiles when it is first called, long after the driver's own net. Nothing of it has run.
             if self.strict:
@@ -90,6 +87,9 @@ class PackedProgram:
             self.broken = True
             report.publish(report.Report(error=traceback.format_exc()))
             return self._padded_step(args)
+        self.launches.called()
+        _compat.counters()["packed_steps"] += 1
+        return result
 
     def _padded_step(self, args: Sequence[Any]) -> Any:
         _compat.counters()["padded_steps"] += 1

@@ -55,13 +55,16 @@ def test_ahead_of_time(prefix: bool, tmp_path: Path) -> None:
         for rows in (8, 5):
             out = model(x[:rows].clone(), valid[:rows].clone())
             assert (out - expected[:rows])[valid[:rows]].abs().max() < 0.03
+            print("ran", rows, file=sys.stderr, flush=True)
         assert "varlen_inductor" not in sys.modules
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             model(x, valid)
             torch.cuda.synchronize()
         assert any("flash_fwd" in event.key for event in profile.key_averages())
+        print("profiled", file=sys.stderr, flush=True)
         """,
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+        PYTHONFAULTHANDLER="1",
     )
 
 

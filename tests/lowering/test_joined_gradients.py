@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import varlen_inductor
 from varlen_inductor import config
 from varlen_inductor.backend import varlen_inductor as backend
 from varlen_inductor.lowering import joined_gradients
@@ -66,6 +67,8 @@ APART: dict[str, Callable[[Gradients], Any]] = {
     "by numbers of a head": lambda g: torch.cat(g, 2),
     "rows folded": lambda g: torch.cat([x.reshape(T // 2, -1) for x in g], 1),
     "something between": lambda g: torch.cat([g[0] * 2, g[1], g[2]], 1),
+    "one of them is a result, too": lambda g: (torch.cat(g, 1), g[2]),
+    "a view of one is a result, too": lambda g: (torch.cat(g, 1), g[1].reshape(T, -1)),
     "transposed between": lambda g: torch.cat([x.transpose(1, 2).reshape(T, -1) for x in g], 1),
 }
 
@@ -104,6 +107,28 @@ class Encoder(nn.Module):
         q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         return self.out(y.transpose(1, 2).flatten(-2)) * valid[..., None]
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+def test_gradients_do_not_share_memory(tokens: int) -> None:
+    """Of one operand and of what went to it, as two leaves; a second backward adds to both."""
+    offsets = torch.tensor([0, tokens], dtype=torch.int32)
+
+    def attend(projected: Tensor, extra: Tensor) -> Tensor:
+        q, k, v = (x.reshape(tokens, 2, 8) for x in projected.chunk(3, -1))
+        v = v + extra
+        return varlen_inductor.varlen_attn(q, k, v, offsets, offsets, tokens, tokens)
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+
+    def step(program: Callable[..., Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        leaves = [torch.randn(tokens, 48, requires_grad=True), torch.randn(tokens, 2, 8, requires_grad=True)]
+        for _ in range(2):
+            program(*leaves).square().sum().backward()
+        return [x.grad for x in leaves if x.grad is not None]
+
+    torch.testing.assert_close(step(compiled), step(attend))
 
 
 def test_in_a_packed_model(monkeypatch: pytest.MonkeyPatch) -> None:

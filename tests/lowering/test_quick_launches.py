@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ class Launcher:
     store_cubin = False
 
     def __init__(self) -> None:
+        self.config = SimpleNamespace()
         self.launched: list[tuple[Any, ...]] = []
 
     def __call__(self, *args: Any, stream: int) -> str:
@@ -32,6 +33,7 @@ def kernel(launchers: int = 1, **attributes: Any) -> CachingAutotuner:
     made.launchers = [Launcher() for _ in range(launchers)]
     made.triton_interpret = made.dump_launch_params = made.dump_launch_tensors = False
     made.is_statically_launchable = lambda: True
+    made.inductor_meta = {}
     for name, value in attributes.items():
         setattr(made, name, value)
     return made
@@ -51,14 +53,17 @@ def test_quick(module: ModuleType) -> None:
     module.triton_poi_fused_0 = settled = kernel()  # type: ignore[attr-defined]
     assert settled.run(1, 2, stream=3) == "slow"
     assert _compat_inductor.launch_quickly(module) == 1
-    assert settled.run(1, 2, stream=3) == "quick"
+    assert module.triton_poi_fused_0.run(1, 2, stream=3) == "quick"
     assert settled.launchers[0].launched == [(1, 2, 3)]
+    assert module.triton_poi_fused_0.launchers is settled.launchers
+    assert settled.run(1, 2, stream=3) == "slow", "other modules share the kernel, and caches pickle it"
     assert _compat_inductor.launch_quickly(module) == 0, "it is done once"
 
 
 def test_options_and_profilers_go_the_long_way(module: ModuleType) -> None:
-    module.triton_poi_fused_0 = settled = kernel()  # type: ignore[attr-defined]
+    module.triton_poi_fused_0 = kernel()  # type: ignore[attr-defined]
     _compat_inductor.launch_quickly(module)
+    settled = module.triton_poi_fused_0
     assert settled.run(1, stream=3, benchmark_run=True) == "slow"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert settled.run(1, stream=3) == "slow"
@@ -70,6 +75,7 @@ STAYS: dict[str, Callable[[], CachingAutotuner]] = {
     "still several configurations": lambda: kernel(2),
     "interpreted": lambda: kernel(triton_interpret=True),
     "dumped": lambda: kernel(dump_launch_params=True),
+    "still to be tuned": lambda: kernel(inductor_meta={"coordinate_descent_tuning": True}),
     "needs Triton's allocator": lambda: kernel(is_statically_launchable=lambda: False),
 }
 
@@ -78,7 +84,7 @@ STAYS: dict[str, Callable[[], CachingAutotuner]] = {
 def test_stays(case: str, module: ModuleType) -> None:
     module.triton_poi_fused_0 = other = STAYS[case]()  # type: ignore[attr-defined]
     assert _compat_inductor.launch_quickly(module) == 0
-    assert other.run(1, stream=3) == "slow"
+    assert module.triton_poi_fused_0 is other
 
 
 def test_not_where_inductor_does_it(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,18 +96,35 @@ def test_not_where_inductor_does_it(module: ModuleType, monkeypatch: pytest.Monk
 def test_only_code_that_was_loaded_since(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """And code that is loaded late, a first backward's, is found later."""
     before, early, late = module, ModuleType("early"), ModuleType("late")
-    kernels = [kernel() for _ in range(3)]
-    for each, one in zip((before, early, late), kernels):
-        each.triton_poi_fused_0 = one  # type: ignore[attr-defined]
+    modules = before, early, late
+
+    def launched() -> list[str]:
+        return [each.triton_poi_fused_0.run(stream=0) for each in modules]
+
+    for each in modules:
+        each.triton_poi_fused_0 = kernel()  # type: ignore[attr-defined]
     monkeypatch.setattr(PyCodeCache, "modules", [before])
     launches = QuickLaunches()
     PyCodeCache.modules.append(early)
     for _ in range(FIRST - 1):
         launches.called()
-    assert [each.run(stream=0) for each in kernels] == ["slow", "slow", "slow"]
+    assert launched() == ["slow", "slow", "slow"]
     launches.called()
     PyCodeCache.modules.append(late)
-    assert [each.run(stream=0) for each in kernels] == ["slow", "quick", "slow"]
+    assert launched() == ["slow", "quick", "slow"]
     for _ in range(FIRST):
         launches.called()
-    assert [each.run(stream=0) for each in kernels] == ["slow", "quick", "quick"]
+    assert launched() == ["slow", "quick", "quick"]
+
+
+def test_a_failure_stays_inside(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def moved(module: ModuleType) -> int:
+        raise AttributeError("launchers")
+
+    monkeypatch.setattr(PyCodeCache, "modules", [])
+    monkeypatch.setattr(_compat_inductor, "launch_quickly", moved)
+    launches = QuickLaunches()
+    PyCodeCache.modules.append(ModuleType("generated"))
+    for _ in range(4 * FIRST):
+        launches.called()
+    assert sum("more quickly" in record.message for record in caplog.records) == 1

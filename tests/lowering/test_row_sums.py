@@ -72,6 +72,8 @@ STAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "everything": lambda x: x.sum([0, 1]),
     "a row more than chunks": lambda x: torch.cat([x, x[:1]]).sum([0]),
     "so many rows": lambda x: x[:128].sum([0]),
+    "a sum of whole numbers": lambda x: x.sum([0], dtype=torch.int32),
+    "whether any is not zero": lambda x: x.sum([0], dtype=torch.bool),
     "numbers that are not floating": lambda x: (x > 0).long().sum([0]),
 }
 
