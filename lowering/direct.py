@@ -93,6 +93,7 @@ class _Known:
         self.problem = Problem.of(*operands, layout, self.rule)
         choice = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward))
         self.backend, self.gathers = choice.backend, choice.gathers
+        self.run = call.of(choice.backend)
         named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
         self.rest = tuple(None if name in tensors else value for name, value in named.items())
         self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
@@ -107,8 +108,9 @@ class _Known:
 class _Call:
     """What all sites have: the options, and what is known so far by (max_q, max_k)."""
 
-    def __init__(self, options: dict[str, Any], backward: bool) -> None:
+    def __init__(self, options: dict[str, Any], backward: bool, of: Callable[[Backend], Callable[..., Any]]) -> None:
         self.options = options
+        self.of = of
         self.backward = backward
         self.found: dict[tuple[int, int], _Known] = {}
 
@@ -120,14 +122,14 @@ class _Call:
 
 
 def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    call = _Call(options, backward=False)
+    call = _Call(options, backward=False, of=attrgetter("forward"))
     found, look, failed = call.found, call.look, fallback.failed
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
         if not (known.gathers or failed(known.problem, False) or debug()):
             try:
-                return known.backend.forward(query, key, value, known.layout(args, tensors), known.rule)
+                return known.run(query, key, value, known.layout(args, tensors), known.rule)
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, False)
         return forward(query, key, value, *args, **options, **tensors)
@@ -139,7 +141,7 @@ def _backward_site(
     options: dict[str, Any], of: Callable[[Backend], Callable[..., Any]], otherwise: Callable[..., Any]
 ) -> Callable[..., Any]:
     """``of`` gives what runs the backward with a backend; ``otherwise`` is called where more has to be done."""
-    call = _Call(options, backward=True)
+    call = _Call(options, backward=True, of=of)
     found, look, failed = call.found, call.look, fallback.failed
 
     def differentiate(
@@ -159,7 +161,7 @@ def _backward_site(
         if grad_lse is None and not failed(known.problem, True):
             layout = known.layout(args, tensors)
             try:
-                return of(known.backend)(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
+                return known.run(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, True)
         return otherwise(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)

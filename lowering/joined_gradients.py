@@ -1,8 +1,8 @@
 """Gradients of query, key and value that one projection made, written where its gradient wants them.
 
 Where a model projects to query, key and value at once, its backward puts their three gradients side by side in one tensor: a copy
-of all of them (26.8 us beside 134 us for the attention's backward, on one H100; benchmarks/model.py, B 32, S 512). Kernels that
-write to rows with any step between them write them there right away.
+of all of them (26.8 us beside 135 us for the attention's backward: a profile of benchmarks/model.py's B 32, S 512 on one H100, by a
+script that is not kept). Kernels that write to rows with any step between them write them there right away.
 
     before                                                        after
     %g = varlen_attn_backward(...)                                %j = varlen_attn_backward_joined(...)    # (T, 3 * H * D)
@@ -21,7 +21,7 @@ from varlen_inductor import _compat_inductor
 from varlen_inductor.ops.attention import default_kernels, split_arguments
 from varlen_inductor.ops.backends import choose
 from varlen_inductor.ops.problem import Problem
-from varlen_inductor.patterns.nodes import arguments, aten, calls, same_size, tensor
+from varlen_inductor.patterns.nodes import arguments, aten, call_like, calls, same_size, tensor
 
 _ops = torch.ops.varlen_inductor
 _VIEWS = (aten.reshape, aten.view, aten.unsqueeze, aten.squeeze)
@@ -68,7 +68,13 @@ def _leaves(gradient: fx.Node) -> bool:
 
     It would share memory with the joined one, which may be another: whoever gets both may change one in place.
     """
-    return any(user.op == "output" or (calls(user, *_VIEWS) and _leaves(user)) for user in gradient.users)
+    return any(user.op == "output" or (_is_view(user) and _leaves(user)) for user in gradient.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result may share the memory of an operand, by the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _operands(attention: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -92,24 +98,19 @@ def _join(graph: fx.Graph, attention: fx.Node, cat: fx.Node) -> None:
     args, kwargs = _operands(attention)
     widths = [x.shape[1] * x.shape[2] for x in args[5:8]]
 
-    def call(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)
-        new.meta = {**like.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)}
-        return new
-
     with graph.inserting_before(attention):
         joined = graph.call_function(_ops.varlen_attn_backward_joined.default, attention.args, attention.kwargs)
         joined.meta = {**attention.meta, "val": _ops.varlen_attn_backward_joined.default(*args, **kwargs)}
         for piece in list(attention.users):
             place: Any = piece.args[1]
             start = sum(widths[:place])
-            columns = call(piece, aten.slice.Tensor, joined, 1, start, start + widths[place])
-            rows = call(piece, aten.view.default, columns, [-1, *piece.meta["val"].shape[1:]])
+            columns = call_like(piece, aten.slice.Tensor, joined, 1, start, start + widths[place])
+            rows = call_like(piece, aten.view.default, columns, [-1, *piece.meta["val"].shape[1:]])
             piece.replace_all_uses_with(rows)
             graph.erase_node(piece)
     graph.erase_node(attention)
     with graph.inserting_before(cat):
-        whole = call(cat, aten.view.default, joined, [-1, *cat.meta["val"].shape[1:]])
+        whole = call_like(cat, aten.view.default, joined, [-1, *cat.meta["val"].shape[1:]])
     cat.replace_all_uses_with(whole)
     pieces: list[Any] = list(arguments(cat)["tensors"])
     graph.erase_node(cat)

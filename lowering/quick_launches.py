@@ -3,7 +3,7 @@
 Up to version 2.11 of PyTorch (2.13 does this itself) every launch of a generated kernel asks again what its first one has settled:
 whether there is more than one configuration left, whether something is to be dumped or tuned. A packed training step launches some
 hundred of them, and where the host is slow it waits for the host. (On one H100, B 32, S 512 of benchmarks/model.py: forward and
-backward were launched in 9.2 instead of 10.5 ms.)
+backward were launched in 9.2 instead of 10.5 ms, by a script that is not kept.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from varlen_inductor import _compat_inductor
 _log = logging.getLogger("varlen_inductor")
 
 FIRST = 4
-"""By this call forward and backward have run, and every kernel that they launch was launched and tuned."""
+"""By this call forward and backward have run, as a rule, and their kernels are tuned."""
 
 
 class QuickLaunches:

@@ -3,8 +3,9 @@
 The gradient of a bias or of a norm's weight is a sum over the rows. To keep a GPU busy Inductor sums some groups of rows first,
 and then those sums. Where the number of rows is a symbol, so is the length of its groups: every index is then computed from that
 symbol, in 64 bits, and every load has a mask. On one H100 the sums over 8960 rows of 768 numbers took 16.9 us that way, and 5.0
-us where 8960 was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of 14.6 ms;
-benchmarks/model.py, B 32, S 512). Packed rows are whole chunks (`runtime`), so the groups can be the first rows of all chunks,
+us where 8960 was a number; those of layer norms 41.8 and 22.1 us (24 and 23 of each in a training step of 14.6 ms: profiles of
+benchmarks/model.py's B 32, S 512, as those below by a script that is not kept; written as here they took 4.8 and 15.0 on a H200).
+Packed rows are whole chunks (`runtime`), so the groups can be the first rows of all chunks,
 the second rows, and so on: no index has a symbol in it then, and consecutive numbers lie side by side. Their sums are then added
 up, 32 at a time, which Inductor does not split again.
 
@@ -25,7 +26,7 @@ from torch import fx
 
 from varlen_inductor import _compat, _compat_inductor
 from varlen_inductor.ops.packing import CHUNKS
-from varlen_inductor.patterns.nodes import arguments, aten, tensor
+from varlen_inductor.patterns.nodes import arguments, aten, call_like, tensor
 
 MOST_COLUMNS = 131072
 """With more sums than this side by side a GPU is busy without groups. (With 30528 it is not: the gradient of BERT's vocabulary
@@ -77,21 +78,16 @@ def _split(graph: fx.Graph, node: fx.Node, chunk: int) -> None:
     wanted = node.meta["val"].dtype
     summed_in = torch.float32 if wanted in (torch.float16, torch.bfloat16) else wanted
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)
-        new.meta = {**node.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)}
-        return new
-
     with graph.inserting_before(node):
-        chunks = call(operator.floordiv, call(aten.sym_size.int, given["self"], 0), chunk)
-        parts = call(aten.view.default, given["self"], [chunks, chunk, *x.shape[1:]])
-        sums = call(aten.sum.dim_IntList, parts, [0], dtype=summed_in)
-        total = call(aten.slice.Tensor, sums, 0, 0, UNSPLIT)
+        chunks = call_like(node, operator.floordiv, call_like(node, aten.sym_size.int, given["self"], 0), chunk)
+        parts = call_like(node, aten.view.default, given["self"], [chunks, chunk, *x.shape[1:]])
+        sums = call_like(node, aten.sum.dim_IntList, parts, [0], dtype=summed_in)
+        total = call_like(node, aten.slice.Tensor, sums, 0, 0, UNSPLIT)
         for start in range(UNSPLIT, chunk, UNSPLIT):
-            total = call(aten.add.Tensor, total, call(aten.slice.Tensor, sums, 0, start, start + UNSPLIT))
-        total = call(aten.sum.dim_IntList, total, [0], given["keepdim"])
+            total = call_like(node, aten.add.Tensor, total, call_like(node, aten.slice.Tensor, sums, 0, start, start + UNSPLIT))
+        total = call_like(node, aten.sum.dim_IntList, total, [0], given["keepdim"])
         if summed_in != wanted:
-            total = call(torch.ops.prims.convert_element_type.default, total, wanted)
+            total = call_like(node, torch.ops.prims.convert_element_type.default, total, wanted)
     node.replace_all_uses_with(total)
     graph.erase_node(node)
 

@@ -46,6 +46,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def call_like(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node in the graph of ``like``, at its point of insertion, with what is known of ``like`` and its own fake value."""
+    new = like.graph.call_function(target, args, kwargs)
+    new.meta = {**like.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)}
+    return new
+
+
 def tensor(node: Any) -> torch.Tensor | None:
     """The fake tensor that a node holds, None if it holds none."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
