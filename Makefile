@@ -1,4 +1,4 @@
-# make demo | test | check | bench | doctor
+# make demo | test | test-all | check | bench | doctor
 #
 # Each target makes its own environment in .venv the first time, with the torch of constraints.txt.
 #   make test PYTHON=python3.12      another interpreter for that environment
@@ -21,13 +21,17 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test check bench doctor clean
+.PHONY: demo test test-all check bench doctor clean
 
 demo: $(READY)
 	$(RUN) -m varlen_inductor demo
 
 test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS) $(PYTEST_ARGS)
+
+# With those that are slow and near to others.
+test-all: $(READY)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m "" $(TESTS) $(PYTEST_ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .

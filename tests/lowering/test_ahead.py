@@ -95,6 +95,7 @@ def run_elsewhere(path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
     return torch.load(path.with_suffix(".out"))
 
 
+@pytest.mark.thorough
 def test_on_the_cpu_padded_attention_stays(tmp_path: Path) -> None:
     model, inputs = Model().eval(), padded_batch()
     (site,) = packaged(model, inputs, tmp_path / "model.pt2").sites
@@ -103,7 +104,7 @@ def test_on_the_cpu_padded_attention_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("prefix", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_padded_model(prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, but that the attention itself is written out in the end."""
     monkeypatch.setattr(ahead, "refusal", lambda problem, kernels: None)

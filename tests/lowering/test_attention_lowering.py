@@ -212,7 +212,7 @@ def test_in_a_branch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["model", "attention"])
+@pytest.mark.parametrize("packing", ["model", pytest.param("attention", marks=pytest.mark.thorough)])
 def test_in_cpp_wrapper_code(packing: str) -> None:
     """Its code calls the operator, forward and backward."""
     model, (x, valid) = MaskedAttention(), padded_batch()

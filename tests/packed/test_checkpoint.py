@@ -77,7 +77,9 @@ def test_one_checkpoint_in_another() -> None:
     assert (outcome.body.packed, outcome.body.padded, outcome.body.checkpoints) == (8, 0, 1)
 
 
-@pytest.mark.parametrize(("inner", "dropout"), [("aot_eager", 0.0), ("aot_eager", 0.3), ("inductor", 0.3)])
+@pytest.mark.parametrize(
+    ("inner", "dropout"), [("aot_eager", 0.0), ("aot_eager", 0.3), pytest.param("inductor", 0.3, marks=pytest.mark.thorough)]
+)
 def test_gradients_are_those_without(inner: str, dropout: float) -> None:
     """What is computed again must be the same, dropout too: gradients to the bit."""
     model = Recomputed(dropout)
@@ -157,6 +159,7 @@ def test_attention_only() -> None:
     assert [site.form for site in outcome.report.rewritten] == ["zero rows", "zero rows"]
 
 
+@pytest.mark.thorough
 def test_pass_form() -> None:
     model = Recomputed()
     batch = batches()[0]

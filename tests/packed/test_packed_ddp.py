@@ -53,7 +53,7 @@ def process(rank: int, folder: str, order: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("order", ["compile(ddp)", "ddp(compile)"])
+@pytest.mark.parametrize("order", ["compile(ddp)", pytest.param("ddp(compile)", marks=pytest.mark.thorough)])
 def test_two_processes(order: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(str(tmp_path), order), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))

@@ -34,7 +34,7 @@ def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_fine_tuning_follows_plain_inductor(kind: str) -> None:
     """Same data, same weights, no dropout: the losses differ by rounding alone, and every step ran on valid tokens only."""
     ours, plain = (result_of(process) for process in [start(kind, ours=True), start(kind, ours=False)])

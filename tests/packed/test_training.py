@@ -217,7 +217,7 @@ def test_gradient_of_the_input() -> None:
 # --- dropout -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 def test_dropout_is_reproducible(inner: str) -> None:
     model = Tagger(dropout=0.1)
     batches = tagged_batches(4)
