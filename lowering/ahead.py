@@ -1,8 +1,8 @@
 """varlen_attn for AOTInductor, whose code runs without Python and so cannot call our kernels: all of it in ATen operators.
 
 On CUDA `lowering.attention` takes PyTorch's FlashAttention operator where that alone does what ours promises and ``config.kernels``
-names it: programs that were compiled so crashed when they were loaded and run (tests/gpu/test_lowering_gpu.py with PyTorch 2.11 on
-a H100 and a H200; the cause is not known). Everything else is written out here: each sequence in a row of its own, padded to the
+names it: it was never seen to run, for where it was tried (PyTorch 2.11, a H100 and a H200) loading a package crashes, also that of a
+single linear that PyTorch alone has compiled (tests/gpu/test_lowering_gpu.py). Everything else is written out here: each sequence in a row of its own, padded to the
 longest, and masked. That is exact and runs anywhere, but gains nothing over a padded model, so the passes leave padded attention
 alone where it would come to this (``refusal``); it is for models that call varlen attention themselves.
 """
@@ -34,7 +34,7 @@ def refusal(problem: Problem, kernels: str) -> str | None:
     if reason is not None:
         return f"AOTInductor's code can only call aten_flash: {reason}"
     if aten_flash.BACKEND.name not in named(kernels)[0]:
-        return "AOTInductor's code crashed when it was tried with aten_flash; config.kernels = 'aten_flash' takes it all the same"
+        return "AOTInductor's code with aten_flash was never seen to run; config.kernels = 'aten_flash' takes it all the same"
     return None
 
 
