@@ -1,10 +1,11 @@
 """varlen_attn for AOTInductor, whose code runs without Python and so cannot call our kernels: all of it in ATen operators.
 
 On CUDA `lowering.attention` takes PyTorch's FlashAttention operator where that alone does what ours promises and ``config.kernels``
-names it: it was never seen to run, for where it was tried (PyTorch 2.11, a H100 and a H200) loading a package crashes, also that of a
-single linear that PyTorch alone has compiled (tests/gpu/test_lowering_gpu.py). Everything else is written out here: each sequence in a row of its own, padded to the
-longest, and masked. That is exact and runs anywhere, but gains nothing over a padded model, so the passes leave padded attention
-alone where it would come to this (``refusal``); it is for models that call varlen attention themselves.
+names it: it was never seen to run, for where it was tried (PyTorch 2.11, a H100 and a H200) loading a package crashes, also that
+of a single linear that PyTorch alone has compiled (tests/gpu/test_lowering_gpu.py). Everything else is written out here: each
+sequence in a row of its own, padded to the longest, and masked. That is exact and runs anywhere, but gains nothing over a padded
+model, so the passes leave padded attention alone where it would come to this (``refusal``); it is for models that call varlen
+attention themselves.
 """
 
 from __future__ import annotations
