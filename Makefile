@@ -29,7 +29,7 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS) $(PYTEST_ARGS)
 
-# With those that are slow and near to others.
+# With those marked thorough.
 test-all: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m "" $(TESTS) $(PYTEST_ARGS)
 

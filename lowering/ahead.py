@@ -2,7 +2,7 @@
 
 On CUDA `lowering.attention` takes PyTorch's FlashAttention operator where that alone does what ours promises and ``config.kernels``
 names it: it was never seen to run, for where it was tried (PyTorch 2.11, a H100 and a H200) loading a package crashes, also that
-of a single linear that PyTorch alone has compiled (tests/gpu/test_lowering_gpu.py). Everything else is written out here: each
+of a single linear that PyTorch alone has compiled. Everything else is written out here: each
 sequence in a row of its own, padded to the longest, and masked. That is exact and runs anywhere, but gains nothing over a padded
 model, so the passes leave padded attention alone where it would come to this (``refusal``); it is for models that call varlen
 attention themselves.
