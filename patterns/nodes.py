@@ -82,6 +82,20 @@ def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(live)
 
 
+def draws_random_numbers(gm: fx.GraphModule) -> bool:
+    """Whether some operator of the graph, or of one that a higher-order operator is given, draws random numbers."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(_draws(node) for graph in graphs for node in graph.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = arguments(node)
+    probability = given.get("dropout_p", given.get("p", 1.0))
+    return probability != 0.0 and given.get("train", True) is not False
+
+
 def in_graph_order(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     wanted = set(nodes)
     return tuple(n for n in graph.nodes if n in wanted)

@@ -228,6 +228,28 @@ def launch_quickly(module: ModuleType) -> int:
     return done
 
 
+def calls_varlen_attention(module: ModuleType) -> bool:
+    """Whether a module of generated code calls what `lower_to_call` gave it to call: it then belongs to a graph of ours."""
+    return any(name.startswith("varlen_inductor_") for name in vars(module))
+
+
+def trust_inputs(module: ModuleType) -> None:
+    """Let a module of generated code compare the sizes and strides of its inputs no more with those it was compiled for.
+
+    What it says of the results of operators is checked as before: those checks name the operator. Read in 2.11, 2.13.
+    """
+    check = vars(module).get("assert_size_stride")
+    if check is None or getattr(check, "trusts_inputs", False):
+        return
+
+    def check_results(x: Any, size: Any, stride: Any, operator: str | None = None) -> None:
+        if operator is not None and operator != "input":
+            check(x, size, stride, operator)
+
+    check_results.trusts_inputs = True  # type: ignore[attr-defined]
+    module.assert_size_stride = check_results  # type: ignore[attr-defined]
+
+
 class _Quick:
     """What generated code finds in the place of a kernel: the kernel itself, but for its launches."""
 

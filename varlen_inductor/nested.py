@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat, _compat_inductor
 
 _MOST_ROUTES = 1024
 """How many keys are remembered; then all are forgotten."""
@@ -42,6 +42,8 @@ class Nested:
         self._compiled = torch.compile(with_own_code(fn), fullgraph=True, dynamic=dynamic, backend=self._compile)
         self._running = threading.local()
         self._routes: dict[Hashable, _Route] = {}
+        self.modules: set[types.ModuleType] = set()
+        """The generated code that was loaded when the function was compiled. (A backward may be compiled later.)"""
 
     def __call__(self, *args: Any, key: Hashable = None) -> Any:
         """Call the function.
@@ -72,7 +74,9 @@ class Nested:
         return key in self._routes
 
     def _compile(self, gm: torch.fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
+        before = set(_compat_inductor.generated_modules())
         compiled = self._backend(gm, example_inputs)
+        self.modules.update(module for module in _compat_inductor.generated_modules() if module not in before)
 
         def noted(*args: Any) -> Any:
             result = compiled(*args)

@@ -9,6 +9,7 @@ runs, exactly as the user wrote it.
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,15 @@ from torch import fx
 from varlen_inductor import _compat, config, report
 from varlen_inductor.lowering.quick_launches import QuickLaunches
 from varlen_inductor.ops import packing
+from varlen_inductor.patterns import nodes
 
 if TYPE_CHECKING:
     from varlen_inductor.backend import InnerCompiler
+
+PATIENCE = 8
+"""After so many batches in a row that were not worth packing, the next is taken for another such."""
+LOOKS_BACK_ON = ("cuda",)
+"""Devices that the host waits for."""
 
 
 class PackedProgram:
@@ -65,13 +72,19 @@ class PackedProgram:
         self.too_small = False
         self.body = inner.nested(_with_whole_chunks(body, domains, self.round_tokens), dynamic=dynamic, packed=True)
         self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
-        self.launches = QuickLaunches()
+        self.launches = QuickLaunches((self.body, self.padded))
+        # Where random numbers are drawn, the two bodies draw different ones, and a step that is computed again (checkpointing)
+        # must draw the same.
+        self.may_look_back = not nodes.draws_random_numbers(body)
+        self._in_vain = 0
+        self._before: deque[_Pending] = deque()
 
     def __call__(self, *args: Any) -> Any:
         inputs = None
         if not self.broken and not self.too_small:
+            looks_back = self.may_look_back and self._in_vain >= PATIENCE and not torch.is_grad_enabled()
             with torch.no_grad():
-                inputs = self._plan(args)
+                inputs = self._plan(args, looks_back)
         if inputs is None:
             return self._padded_step(args)
         key = (*self._known_by(args), *[index.shape[0] for index in inputs[::3]])
@@ -93,7 +106,9 @@ class PackedProgram:
 
     def _padded_step(self, args: Sequence[Any]) -> Any:
         _compat.counters()["padded_steps"] += 1
-        return self.padded(*args, key=self._known_by(args))
+        result = self.padded(*args, key=self._known_by(args))
+        self.launches.called()
+        return result
 
     def _known_by(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """What tells apart calls that reach us through one and the same graph of Dynamo's. It has looked at the rest just now."""
@@ -101,27 +116,41 @@ class PackedProgram:
         sizes = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in inputs]
         return (torch.is_grad_enabled(), *sizes)
 
-    def _plan(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
-        """The inputs that the body has besides those of the graph, or None when the padded graph should run."""
+    def _plan(self, args: Sequence[Any], looks_back: bool) -> list[torch.Tensor] | None:
+        """The inputs that the body has besides those of the graph, or None when the padded graph should run.
+
+        Args:
+            looks_back: not to wait for what is found out about this batch, but to run it padded, which is always right, unless
+                the batch before it, when that was done with it, would have been worth packing.
+        """
         outcome = self.plan(*args)
         masks, flags = outcome[: self.domains], outcome[self.domains :]
-        positions = [mask.numel() for mask in masks]
-        if sum(positions) < self.min_positions:
+        positions = sum(mask.numel() for mask in masks)
+        if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
-        pending = [packing.PendingPlan(mask, self.round_tokens) for mask in masks]
-        # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero: then,
-        # as with no valid token, the padded graph runs.
-        found = [plan.count for plan in pending]
-        for flag in flags:
-            found[0] = found[0] * flag
-        counts = (found[0] if len(found) == 1 else torch.cat(found)).tolist()
-        if not all(counts) or sum(counts) > self.max_density * sum(positions):
+        pending = _Pending([packing.PendingPlan(mask, self.round_tokens, on_host=not flags) for mask in masks], flags, positions)
+        if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
             return None
-        rows = self._rows(pending, counts, args)
-        if sum(rows) >= sum(positions):
+        counts = pending.counts()
+        rows = self._rows(pending.plans, counts, args) if self._worth_it(pending, counts) else None
+        if rows is None or sum(rows) >= positions:
+            self._in_vain += 1
             return None
-        return [tensor for plan, count, n in zip(pending, counts, rows) for tensor in plan.finish(count, n)]
+        self._in_vain = 0
+        return [tensor for plan, count, n in zip(pending.plans, counts, rows) for tensor in plan.finish(count, n)]
+
+    def _worth_it(self, pending: _Pending, counts: Sequence[int]) -> bool:
+        return all(counts) and sum(counts) <= self.max_density * pending.positions
+
+    def _worth_it_before(self, pending: _Pending) -> bool:
+        """Whether the batch before was worth packing, though nobody waited to know; ``pending`` is the next one's turn."""
+        try:
+            before = self._before.popleft()  # by one thread only
+        except IndexError:
+            before = None
+        self._before.append(pending)
+        return before is not None and self._worth_it(before, before.counts())
 
     def _rows(self, pending: Sequence[packing.PendingPlan], counts: Sequence[int], args: Sequence[Any]) -> list[int]:
         """How many rows each domain is packed into.
@@ -140,6 +169,32 @@ class PackedProgram:
             taken.add(n)
             rows.append(n)
         return rows
+
+
+class _Pending:
+    """What the plan finds out about one batch, which the host need not know at once.
+
+    Args:
+        plans: of each domain.
+        flags: (1,) each: whether a fact holds that the body relies on.
+        positions: how many there are in all domains.
+    """
+
+    def __init__(self, plans: Sequence[packing.PendingPlan], flags: Sequence[torch.Tensor], positions: int) -> None:
+        self.plans = plans
+        self.positions = positions
+        self._found = None
+        if flags:
+            # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero:
+            # then, as with no valid token, the padded graph runs.
+            found = [plan.count for plan in plans]
+            for flag in flags:
+                found[0] = found[0] * flag  # type: ignore[operator]
+            self._found = found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[arg-type]
+
+    def counts(self) -> list[int]:
+        """The valid positions of each domain; waits for the device. To be called once."""
+        return [plan.counted() for plan in self.plans] if self._found is None else self._found.tolist()
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:

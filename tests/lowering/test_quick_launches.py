@@ -128,3 +128,49 @@ def test_a_failure_stays_inside(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     for _ in range(4 * FIRST):
         launches.called()
     assert sum("more quickly" in record.message for record in caplog.records) == 1
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checking(module: ModuleType) -> tuple[ModuleType, list[tuple[Any, ...]]]:
+    """A module whose calls check an input as 2.11 does, one as 2.13 does, and a result; and what was checked."""
+    checked: list[tuple[Any, ...]] = []
+    module.assert_size_stride = lambda *args: checked.append(args)  # type: ignore[attr-defined]
+
+    def call() -> None:
+        module.assert_size_stride("x", (1,), (1,))
+        module.assert_size_stride("y", (1,), (1,), "input")
+        module.assert_size_stride("buf0", (1,), (1,), "torch.ops.mine.op")
+
+    module.call = call  # type: ignore[attr-defined]
+    return module, checked
+
+
+def test_inputs_are_trusted_and_results_are_not(checking: tuple[ModuleType, list[tuple[Any, ...]]]) -> None:
+    module, checked = checking
+    module.call()
+    assert [args[0] for args in checked] == ["x", "y", "buf0"]
+    for _ in range(2):
+        _compat_inductor.trust_inputs(module)
+        checked.clear()
+        module.call()
+        assert checked == [("buf0", (1,), (1,), "torch.ops.mine.op")]
+    _compat_inductor.trust_inputs(ModuleType("without checks"))
+
+
+def test_only_code_of_packed_graphs_trusts_its_inputs(
+    checking: tuple[ModuleType, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, checked = checking
+    launches = QuickLaunches()
+    monkeypatch.setattr(PyCodeCache, "modules", [*PyCodeCache.modules, module])
+    for ours in (False, True):
+        if ours:
+            module.varlen_inductor_lowering_direct_forward_1 = None  # type: ignore[attr-defined]
+        for _ in range(2 * FIRST):
+            launches.called()
+        checked.clear()
+        module.call()
+        assert len(checked) == (1 if ours else 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from triton_interpreter import interpret, needs_interpreter
-from varlen_inductor.ops import packing, plan_kernels
+from varlen_inductor.ops import host_number, packing, plan_kernels
 
 
 @needs_interpreter
@@ -30,6 +30,10 @@ def compare_all() -> None:
             index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4)
             rows = (count // 4 + 1) * 4
             assert int(found) == count
+            number = host_number.take()
+            for same, other in zip(plan_kernels.plan(mask, 4, number), (index, inverse, cu_seqlens, None), strict=True):
+                assert same is other is None or torch.equal(same, other)
+            assert number.wait(mask.device) == count
             if count > 0 and rows <= mask.numel():
                 for kernel, expected in zip((index[:rows], inverse, cu_seqlens), packing.plan_packed(mask, rows), strict=True):
                     assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)

@@ -217,6 +217,52 @@ def test_dense_batches_run_padded(train: bool) -> None:
     assert [seen.is_body for seen in outcome.seen] == [False, True]
 
 
+DENSE, SPARSE = feature_batch([S, S, S]), feature_batch([5, 2, 7])
+
+
+def run_in_turn(compiled: Callable[..., Any], *batches: dict[str, Tensor]) -> list[str]:
+    """Which of the two graphs ran for each batch; each result is compared with the model's own."""
+    ran = []
+    for batch in batches:
+        packed = steps()[0]
+        found = compiled(**batch)
+        with torch.compiler.set_stance("force_eager"):
+            assert_rows_close(found, compiled(**batch), batch["attention_mask"], 2e-5)
+        ran.append("packed" if steps()[0] > packed else "padded")
+    return ran
+
+
+def test_after_dense_batches_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch then runs padded until one that was worth packing was seen; from there on it is as at first."""
+    monkeypatch.setattr(runtime, "LOOKS_BACK_ON", ("cpu",))
+    monkeypatch.setattr(runtime, "PATIENCE", 2)
+    asked: list[int] = []
+    counts = runtime._Pending.counts
+    monkeypatch.setattr(runtime._Pending, "counts", lambda self: (asked.append(self.positions), counts(self))[1])
+    with packing(inner="eager"), torch.no_grad():
+        compiled = compile_(Blocks().eval())
+        assert run_in_turn(compiled, DENSE, SPARSE, DENSE, DENSE) == ["padded", "packed", "padded", "padded"]
+        asked.clear()
+        assert run_in_turn(compiled, DENSE) == ["padded"] and not asked
+        assert run_in_turn(compiled, SPARSE) == ["padded"], "nobody has looked yet"
+        assert run_in_turn(compiled, SPARSE, DENSE, SPARSE) == ["packed", "padded", "packed"]
+
+
+@pytest.mark.parametrize("why", ["gradients", "random numbers"])
+def test_a_step_that_may_be_computed_again_is_always_looked_at(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpointing calls it twice with one batch: both must be the same graph."""
+    monkeypatch.setattr(runtime, "LOOKS_BACK_ON", ("cpu",))
+    monkeypatch.setattr(runtime, "PATIENCE", 1)
+    model = nn.Sequential()
+    model.blocks, model.dropout = Blocks(), nn.Dropout(0.5)
+    forward = lambda x, attention_mask: model.dropout(model.blocks(x, attention_mask))  # noqa: E731
+    with packing(inner="aot_eager"), torch.set_grad_enabled(why == "gradients"):
+        compiled = compile_(model.blocks if why == "gradients" else forward)
+        for batch, expected in ((DENSE, (0, 1)), (DENSE, (0, 2)), (DENSE, (0, 3)), (SPARSE, (1, 3))):
+            compiled(**batch)
+            assert steps() == expected
+
+
 def test_density_is_a_knob() -> None:
     batches = [feature_batch(lengths) for lengths in ([12, 12, 11], [12, 12, 13])]
     compiled = compile_(
@@ -243,7 +289,7 @@ def test_a_size_that_is_too_small_is_looked_at_once(monkeypatch: pytest.MonkeyPa
     """Where it cannot change: the plan would be work for nothing in every step."""
     plans: list[int] = []
     plan = runtime.PackedProgram._plan
-    monkeypatch.setattr(runtime.PackedProgram, "_plan", lambda self, args: (plans.append(1), plan(self, args))[1])
+    monkeypatch.setattr(runtime.PackedProgram, "_plan", lambda self, *args: (plans.append(1), plan(self, *args))[1])
     for dynamic, looks in ((False, 1), (True, 3)):
         options = {"varlen.min_positions": 3 * S + 1, "varlen.inner_backend": "aot_eager", "varlen.round_tokens": 4}
         compiled = compile_(Blocks(), dynamic=dynamic, options=options)

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import plan_kernels
+from . import host_number, plan_kernels
+from .host_number import HostNumber
 
 CHUNKS = (64, 32)
 """Packed rows are whole chunks of those of these lengths that divide what their number is rounded to."""
@@ -115,15 +116,32 @@ class PendingPlan:
     Args:
         mask: (B, S) of any dtype, not zero at valid positions.
         round_to: rows are rounded up to a multiple of this.
+        on_host: the number of valid positions goes to the host as soon as it is known, where that is quicker: see ``counted``.
 
-    ``count`` (1,) int64 is the number of valid positions, on the device of the mask.
+    ``count`` (1,) int64 is the number of valid positions, on the device of the mask; ``None`` if it goes to the host by itself.
     """
 
-    def __init__(self, mask: Tensor, round_to: int) -> None:
+    def __init__(self, mask: Tensor, round_to: int, on_host: bool = False) -> None:
         self.round_to = round_to
-        self._early = plan_kernels.plan(mask, round_to) if plan_kernels.available(mask) else None
-        self.mask = mask if self._early or mask.dtype == torch.bool else mask != 0
-        self.count = self._early[3] if self._early else self.mask.sum().view(1)
+        self._on_host: HostNumber | None = None
+        self._early: tuple[Tensor, Tensor, Tensor] | None = None
+        self.count: Tensor | None
+        if plan_kernels.available(mask):
+            self._on_host = host_number.take() if on_host else None
+            *early, self.count = plan_kernels.plan(mask, round_to, self._on_host)
+            self._early = tuple(early)  # type: ignore[assignment]
+            self.mask = mask
+        else:
+            self.mask = mask if mask.dtype == torch.bool else mask != 0
+            self.count = self.mask.sum().view(1)
+
+    def counted(self) -> int:
+        """The number of valid positions; waits for the device. To be called once.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        return int(self.count) if self._on_host is None else self._on_host.wait(self.mask.device)  # type: ignore[arg-type]
 
     def rows_for(self, count: int) -> int:
         """The number of packed rows for ``count`` valid positions: rounded up, with at least one dead row.
@@ -136,7 +154,7 @@ class PendingPlan:
         """``index`` (T,), ``inverse`` (B*S,), ``cu_seqlens`` (B+2,) for ``rows`` packed rows, of which ``count`` are tokens."""
         if self._early is None:
             return plan_packed(self.mask, rows)
-        index, inverse, cu_seqlens, _ = self._early
+        index, inverse, cu_seqlens = self._early
         if rows != self.rows_for(count):
             cu_seqlens[-1:].fill_(rows)
         if rows > index.shape[0]:

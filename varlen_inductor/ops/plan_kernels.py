@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varlen_inductor import _compat
 from varlen_inductor.ops.backends.launch import Launcher
+from varlen_inductor.ops.host_number import HostNumber
 
 try:
     import triton
@@ -30,32 +32,41 @@ def available(mask: Tensor) -> bool:
     return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() < 2**31
 
 
-def plan(mask: Tensor, round_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plan(mask: Tensor, round_to: int, on_host: HostNumber | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
 
     Args:
         mask: (B, S) of any dtype, not zero at valid positions.
         round_to: positive: ``cu_seqlens`` (B+2,) ends at the first multiple of it that is larger than the number of valid
             positions (dead rows are a sequence of their own); 0: ``cu_seqlens`` (B+1,) ends at that number.
+        on_host: gets the number of valid positions; the last result is then ``None``.
     """
     batch, length = mask.shape
     mask = mask.contiguous()
-    device = mask.device
-    index = torch.empty(batch * length, dtype=torch.int64, device=device)
+    positions = batch * length
+    index = mask.new_empty(positions, dtype=torch.int64)
     inverse = torch.empty_like(index)
-    cu_seqlens = torch.empty(batch + (2 if round_to else 1), dtype=torch.int32, device=device)
-    count = torch.empty(1, dtype=torch.int64, device=device)
+    cu_seqlens = mask.new_empty(batch + (2 if round_to else 1), dtype=torch.int32)
+    made = mask.new_empty(1, dtype=torch.int64) if on_host is None else None
+    count = on_host.memory if made is None else made  # type: ignore[union-attr]
     # No row knows where its tokens go before all rows are counted. To count them again in every program costs less than one more
     # kernel, as long as that is not much to read.
-    alone = batch * mask.numel() <= _MOST_READ
-    rows = count if alone else torch.empty((2, batch), dtype=torch.int32, device=device)
-    key = (device, mask.dtype, mask.data_ptr() % 16, batch, length, round_to, alone)
+    alone = batch * positions <= _MOST_READ
+    rows = cu_seqlens if alone else mask.new_empty((2, batch), dtype=torch.int32)  # what is given in its place is not read
+    device, at, count_at = mask.get_device(), mask.data_ptr(), count.data_ptr()
+    key = (device, mask.dtype, at % 16, count_at % 16, batch, length, round_to, alone)
+    grid = (batch, 1, 1)
     if not alone:
-        _launch_count((batch, 1, 1), key, mask, rows, length, batch, _BLOCK)
-    numbers = (length, batch, round_to)
-    constants = (_BLOCK, triton.next_power_of_2(batch), bool(round_to), alone)
-    _launch_fill((batch, 1, 1), key, mask, rows, index, inverse, cu_seqlens, count, *numbers, *constants)
-    return index, inverse, cu_seqlens, count
+        _launch_count(grid, key, mask, rows, length, batch, _BLOCK)
+    numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), round_to != 0, alone)
+    if device >= 0 and device == torch.cuda.current_device():
+        # Until this is launched the host has nothing else to do: addresses are given, about which Triton asks nothing.
+        stream = _compat.current_stream_pointer(device)
+        made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at)
+        if _launch_fill.again(grid, key, stream, at, rows.data_ptr(), *made_at, *numbers):
+            return index, inverse, cu_seqlens, made
+    _launch_fill(grid, key, mask, rows, index, inverse, cu_seqlens, count, *numbers)
+    return index, inverse, cu_seqlens, made
 
 
 if triton is not None:
