@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 
 def traced(
-    function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, width: int = 24, chunk: int = 64
+    function: Callable[[Tensor], Any], dtype: torch.dtype = torch.float32, width: int = 24, chunk: int = 64
 ) -> tuple[fx.GraphModule, Tensor]:
     """The graph of ``function`` of rows (T, width), T a symbol that is known to be a multiple of ``chunk``; and an operand."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -39,7 +40,7 @@ def check(gm: fx.GraphModule, x: Tensor, expected: int) -> None:
     assert split_row_sums(gm.graph, x.device.type) == expected
     gm.graph.lint()
     gm.recompile()
-    assert sums(gm) == ([[0], [0]] * expected if expected else before)
+    assert sums(gm) == ([[0], [1]] * expected if expected else before)
     made = gm.graph.output_node().args[0].meta["val"]
     assert (made.dtype, made.shape) == (form.dtype, form.shape)
     exact = x.dtype == torch.float64
@@ -94,7 +95,7 @@ def test_length_of_chunks() -> None:
     def length(width: int, chunk: int = 64) -> object:
         gm, x = traced(lambda x: x.sum([0]), width=width, chunk=chunk)
         check(gm, x, expected=1)
-        (view,) = gm.graph.find_nodes(op="call_function", target=aten.view.default)
+        view, _ = gm.graph.find_nodes(op="call_function", target=aten.view.default)
         return view.args[1][1]
 
     assert [length(width) for width in (8, 768, 1536, 3072)] == [64, 64, 32, 32]
@@ -124,4 +125,50 @@ def test_what_inductor_sums_while_it_reduces_rows(mixed: bool) -> None:
     with inductor.patch("triton.mix_order_reduction", mixed):
         assert split_row_sums(gm.graph, "cpu") == (1 if mixed else 2)
     gm.recompile()
+    torch.testing.assert_close(gm(x), wanted)
+
+
+def several(x: Tensor) -> tuple[Tensor, ...]:
+    """Sums of two forms that are results, on their way through other nodes; one that is used; and one of a form of its own."""
+    used = (x * 5).sum([0])
+    return (
+        torch.ops.prims.convert_element_type.default((x * 2).sum([0]), torch.float32).view(4, 6),
+        (x * 3).sum([0]),
+        x.sum([0], True).view(24),
+        (x + used).sum([0]),
+        x.view(-1, 4, 6).sum([0]),
+        (x - 1).sum([0], True),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_results_are_added_up_together(dtype: torch.dtype) -> None:
+    gm, x = traced(several, dtype)
+    wanted = gm(x)
+    assert split_row_sums(gm.graph, "cpu") == 7
+    gm.graph.lint()
+    gm.recompile()
+    # Three without their dim and two with it; what is used at once, and what has a form of its own, is added up by itself.
+    (one, other) = gm.graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert sorted((len(one.args[0]), len(other.args[0]))) == [2, 3]
+    assert sorted(map(str, sums(gm))) == ["[0]"] * 7 + ["[1]"] * 4
+    for found, expected in zip(gm(x), wanted, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+    for found, node in zip(gm(x), gm.graph.output_node().args[0], strict=True):
+        assert (found.dtype, found.shape) == (node.meta["val"].dtype, node.meta["val"].shape)
+
+
+def test_a_result_that_is_used_too_is_added_up_at_once() -> None:
+    def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = (x * 2).sum([0])
+        return bias, (x * bias).sum([0]), (x * 7).sum([0])
+
+    gm, x = traced(both, torch.float64)
+    wanted = gm(x)
+    assert split_row_sums(gm.graph, "cpu") == 3
+    gm.graph.lint()
+    gm.recompile()
+    (joined,) = gm.graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert len(joined.args[0]) == 2
     torch.testing.assert_close(gm(x), wanted)
