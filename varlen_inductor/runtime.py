@@ -8,17 +8,19 @@ runs, exactly as the user wrote it.
 
 from __future__ import annotations
 
+import functools
+import operator
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from varlen_inductor import _compat, config, report
 from varlen_inductor.lowering.quick_launches import QuickLaunches
-from varlen_inductor.ops import packing
+from varlen_inductor.ops import packing, plan_kernels
 from varlen_inductor.patterns import nodes
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class PackedProgram:
         dynamic: bool | None,
     ) -> None:
         _leave_comparisons_to_the_kernel(plan, domains)
+        self._plans_inputs = _drop_unused_inputs(plan)
         # The generated function itself: calling the module costs several times as much, on the way of every step.
         self.plan = plan.forward
         self.domains = domains
@@ -113,23 +116,23 @@ class PackedProgram:
     def _known_by(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """What tells apart calls that reach us through one and the same graph of Dynamo's. It has looked at the rest just now."""
         inputs = [args[i] for i in self.varying]
-        sizes = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in inputs]
+        sizes = [(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in inputs]
         return (torch.is_grad_enabled(), *sizes)
 
-    def _plan(self, args: Sequence[Any], looks_back: bool) -> list[torch.Tensor] | None:
+    def _plan(self, args: Sequence[Any], looks_back: bool) -> list[Tensor] | None:
         """The inputs that the body has besides those of the graph, or None when the padded graph should run.
 
         Args:
             looks_back: not to wait for what is found out about this batch, but to run it padded, which is always right, unless
                 the batch before it, when that was done with it, would have been worth packing.
         """
-        outcome = self.plan(*args)
+        outcome = self.plan(*[args[i] for i in self._plans_inputs])
         masks, flags = outcome[: self.domains], outcome[self.domains :]
         positions = sum(mask.numel() for mask in masks)
         if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
-        pending = _Pending([packing.PendingPlan(mask, self.round_tokens, on_host=not flags) for mask in masks], flags, positions)
+        pending = _Pending(masks, flags, self.round_tokens, positions)
         if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
             return None
         counts = pending.counts()
@@ -159,7 +162,7 @@ class PackedProgram:
         they differ; so such a number is passed over. Just once: attention presumes no more than two roundings of dead rows.
         """
         if self._sizes is None or self.sizes_vary:
-            self._sizes = frozenset(n for x in args if isinstance(x, torch.Tensor) and not x.requires_grad for n in x.shape)
+            self._sizes = frozenset(n for x in args if isinstance(x, Tensor) and not x.requires_grad for n in x.shape)
         taken = set(self._sizes)
         rows = []
         for plan, count in zip(pending, counts):
@@ -175,26 +178,27 @@ class _Pending:
     """What the plan finds out about one batch, which the host need not know at once.
 
     Args:
-        plans: of each domain.
-        flags: (1,) each: whether a fact holds that the body relies on.
+        masks: (B, S) of each domain.
+        flags: one number each: whether a fact holds that the body relies on. One that does not hold makes a count zero: then, as
+            with no valid token, the padded graph runs.
         positions: how many there are in all domains.
     """
 
-    def __init__(self, plans: Sequence[packing.PendingPlan], flags: Sequence[torch.Tensor], positions: int) -> None:
-        self.plans = plans
+    def __init__(self, masks: Sequence[Tensor], flags: Sequence[Tensor], round_tokens: int, positions: int) -> None:
         self.positions = positions
-        self._found = None
-        if flags:
-            # One tensor and one copy, so that the host waits for the device once. A fact that does not hold makes a count zero:
-            # then, as with no valid token, the padded graph runs.
-            found = [plan.count for plan in plans]
-            for flag in flags:
-                found[0] = found[0] * flag  # type: ignore[operator]
-            self._found = found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[arg-type]
+        self._device = masks[0].device
+        self._on_host = all(map(plan_kernels.available, masks))
+        flag = functools.reduce(operator.mul, flags).to(self._device) if flags else None
+        self.plans = [
+            packing.PendingPlan(mask, round_tokens, self._on_host, flag if i == 0 else None) for i, mask in enumerate(masks)
+        ]
 
     def counts(self) -> list[int]:
-        """The valid positions of each domain; waits for the device. To be called once."""
-        return [plan.counted() for plan in self.plans] if self._found is None else self._found.tolist()
+        """The valid positions of each domain; waits for the device, once. To be called once."""
+        found: list[Any] = [plan.count for plan in self.plans]
+        if self._on_host:
+            return [number.wait(self._device) for number in found]
+        return (found[0] if len(found) == 1 else torch.cat(found)).tolist()  # type: ignore[no-any-return]
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
@@ -207,6 +211,17 @@ def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:
     output.args = (tuple(results),)
     plan.graph.eliminate_dead_code()
     plan.recompile()
+
+
+def _drop_unused_inputs(plan: fx.GraphModule) -> list[int]:
+    """Leave the plan only the inputs that it reads, for there are hundreds; returns their places."""
+    inputs = plan.graph.find_nodes(op="placeholder")
+    used = [i for i, node in enumerate(inputs) if node.users]
+    for node in inputs:
+        if not node.users:
+            plan.graph.erase_node(node)
+    plan.recompile()
+    return used
 
 
 def _with_whole_chunks(body: fx.GraphModule, domains: int, round_tokens: int) -> Callable[..., Any]:

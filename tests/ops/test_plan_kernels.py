@@ -34,6 +34,12 @@ def compare_all() -> None:
             for same, other in zip(plan_kernels.plan(mask, 4, number), (index, inverse, cu_seqlens, None), strict=True):
                 assert same is other is None or torch.equal(same, other)
             assert number.wait(mask.device) == count
+            for flag, flagged in ((torch.tensor([True]), count), (torch.tensor(0), 0), (torch.tensor(2.0), count)):
+                number = host_number.take()
+                *same, _ = plan_kernels.plan(mask, 4, number, flag)
+                assert all(map(torch.equal, same, (index, inverse, cu_seqlens)))
+                assert number.wait(mask.device) == flagged
+                assert int(plan_kernels.plan(mask, 4, None, flag)[3]) == flagged
             if count > 0 and rows <= mask.numel():
                 for kernel, expected in zip((index[:rows], inverse, cu_seqlens), packing.plan_packed(mask, rows), strict=True):
                     assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)

@@ -116,32 +116,26 @@ class PendingPlan:
     Args:
         mask: (B, S) of any dtype, not zero at valid positions.
         round_to: rows are rounded up to a multiple of this.
-        on_host: the number of valid positions goes to the host as soon as it is known, where that is quicker: see ``counted``.
+        on_host: the kernel is to give the host the number of valid positions (only where ``plan_kernels.available``).
+        flag: one number; where it is zero, the number of valid positions counts as 0.
 
-    ``count`` (1,) int64 is the number of valid positions, on the device of the mask; ``None`` if it goes to the host by itself.
+    ``count`` is the number of valid positions: (1,) int64 on the device of the mask, or what the kernel gives the host.
     """
 
-    def __init__(self, mask: Tensor, round_to: int, on_host: bool = False) -> None:
+    def __init__(self, mask: Tensor, round_to: int, on_host: bool = False, flag: Tensor | None = None) -> None:
         self.round_to = round_to
-        self._on_host: HostNumber | None = None
+        self.mask = mask
         self._early: tuple[Tensor, Tensor, Tensor] | None = None
-        self.count: Tensor | None
+        self.count: Tensor | HostNumber
         if plan_kernels.available(mask):
-            self._on_host = host_number.take() if on_host else None
-            *early, self.count = plan_kernels.plan(mask, round_to, self._on_host)
+            number = host_number.take() if on_host else None
+            *early, count = plan_kernels.plan(mask, round_to, number, flag)
             self._early = tuple(early)  # type: ignore[assignment]
-            self.mask = mask
+            self.count = number or count  # type: ignore[assignment]
         else:
             self.mask = mask if mask.dtype == torch.bool else mask != 0
-            self.count = self.mask.sum().view(1)
-
-    def counted(self) -> int:
-        """The number of valid positions; waits for the device. To be called once.
-
-        Raises:
-            RuntimeError: the device failed.
-        """
-        return int(self.count) if self._on_host is None else self._on_host.wait(self.mask.device)  # type: ignore[arg-type]
+            count = self.mask.sum().view(1)
+            self.count = count if flag is None else count * flag
 
     def rows_for(self, count: int) -> int:
         """The number of packed rows for ``count`` valid positions: rounded up, with at least one dead row.

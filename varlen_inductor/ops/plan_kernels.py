@@ -32,7 +32,9 @@ def available(mask: Tensor) -> bool:
     return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() < 2**31
 
 
-def plan(mask: Tensor, round_to: int, on_host: HostNumber | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def plan(
+    mask: Tensor, round_to: int, on_host: HostNumber | None = None, flag: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
 
     Args:
@@ -40,6 +42,7 @@ def plan(mask: Tensor, round_to: int, on_host: HostNumber | None = None) -> tupl
         round_to: positive: ``cu_seqlens`` (B+2,) ends at the first multiple of it that is larger than the number of valid
             positions (dead rows are a sequence of their own); 0: ``cu_seqlens`` (B+1,) ends at that number.
         on_host: gets the number of valid positions; the last result is then ``None``.
+        flag: one number of any dtype; where it is zero, the number of valid positions is given as 0. The rest is as without.
     """
     batch, length = mask.shape
     mask = mask.contiguous()
@@ -53,19 +56,21 @@ def plan(mask: Tensor, round_to: int, on_host: HostNumber | None = None) -> tupl
     # kernel, as long as that is not much to read.
     alone = batch * positions <= _MOST_READ
     rows = cu_seqlens if alone else mask.new_empty((2, batch), dtype=torch.int32)  # what is given in its place is not read
-    device, at, count_at = mask.get_device(), mask.data_ptr(), count.data_ptr()
-    key = (device, mask.dtype, at % 16, count_at % 16, batch, length, round_to, alone)
+    given = mask if flag is None else flag
+    device, at, count_at, flag_at = mask.get_device(), mask.data_ptr(), count.data_ptr(), given.data_ptr()
+    kinds = (mask.dtype, at % 16, count_at % 16, given.dtype, flag_at % 16, flag is None)
+    key = (device, kinds, batch, length, round_to, alone)
     grid = (batch, 1, 1)
     if not alone:
         _launch_count(grid, key, mask, rows, length, batch, _BLOCK)
-    numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), round_to != 0, alone)
+    numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), round_to != 0, alone, flag is not None)
     if device >= 0 and device == torch.cuda.current_device():
         # Until this is launched the host has nothing else to do: addresses are given, about which Triton asks nothing.
         stream = _compat.current_stream_pointer(device)
-        made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at)
+        made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at, flag_at)
         if _launch_fill.again(grid, key, stream, at, rows.data_ptr(), *made_at, *numbers):
             return index, inverse, cu_seqlens, made
-    _launch_fill(grid, key, mask, rows, index, inverse, cu_seqlens, count, *numbers)
+    _launch_fill(grid, key, mask, rows, index, inverse, cu_seqlens, count, given, *numbers)
     return index, inverse, cu_seqlens, made
 
 
@@ -123,6 +128,7 @@ if triton is not None:
         inverse,
         cu_seqlens,
         count,
+        flag,
         length,
         batch,
         round_to,
@@ -130,6 +136,7 @@ if triton is not None:
         BATCH: tl.constexpr,
         ROUND: tl.constexpr,
         ALONE: tl.constexpr,
+        FLAGGED: tl.constexpr,
     ):
         b = tl.program_id(0)
         if ALONE:
@@ -141,7 +148,8 @@ if triton is not None:
         tl.store(cu_seqlens + b + 1, before + own)
         if b == 0:
             tl.store(cu_seqlens, 0)
-            tl.store(count, total.to(tl.int64))
+            holds = tl.load(flag) != 0 if FLAGGED else True
+            tl.store(count, tl.where(holds, total, 0).to(tl.int64))
             if ROUND:
                 tl.store(cu_seqlens + batch + 1, (total // round_to + 1) * round_to)
         hole = tl.where(total > 0, -1, -1 - positions)  # of which row a padded position may hold a copy
