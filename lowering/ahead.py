@@ -1,11 +1,9 @@
 """varlen_attn for AOTInductor, whose code runs without Python and so cannot call our kernels: all of it in ATen operators.
 
 On CUDA `lowering.attention` takes PyTorch's FlashAttention operator where that alone does what ours promises and ``config.kernels``
-names it: it was never seen to run, for where it was tried (PyTorch 2.11, a H100 and a H200) loading a package crashes, also that
-of a single linear that PyTorch alone has compiled. Everything else is written out here: each
-sequence in a row of its own, padded to the longest, and masked. That is exact and runs anywhere, but gains nothing over a padded
-model, so the passes leave padded attention alone where it would come to this (``refusal``); it is for models that call varlen
-attention themselves.
+allows it. Everything else is written out here: each sequence in a row of its own, padded to the longest, and masked. That is exact
+and runs anywhere, but gains nothing over a padded model, so the passes leave padded attention alone where it would come to this
+(``refusal``); it is for models that call varlen attention themselves.
 """
 
 from __future__ import annotations
@@ -34,8 +32,9 @@ def refusal(problem: Problem, kernels: str) -> str | None:
         reason = "it drops weights"
     if reason is not None:
         return f"AOTInductor's code can only call aten_flash: {reason}"
-    if aten_flash.BACKEND.name not in named(kernels)[0]:
-        return "AOTInductor's code with aten_flash was never seen to run; config.kernels = 'aten_flash' takes it all the same"
+    wanted, forbidden = named(kernels)
+    if (wanted and aten_flash.BACKEND.name not in wanted) or aten_flash.BACKEND.name in forbidden:
+        return f"AOTInductor's code can only call aten_flash: config.kernels is {kernels!r}"
     return None
 
 

@@ -64,7 +64,7 @@ def test_ahead_of_time(prefix: bool, tmp_path: Path) -> None:
     path, batch = tmp_path / "model.pt2", torch.export.Dim("batch", min=2, max=64)
     with torch.no_grad(), report.collect() as reports:
         program = torch.export.export(model, (x, valid), dynamic_shapes=({0: batch}, {0: batch}))
-        passes = {"pre_grad_custom_pass": varlen_inductor.VarlenPass(kernels="aten_flash")}
+        passes = {"pre_grad_custom_pass": varlen_inductor.VarlenPass()}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=passes)
         expected = model(x, valid)
     assert [(site.decision, site.kernel) for site in reports[-1].sites] == [("rewritten", "aten_flash")]

@@ -132,11 +132,11 @@ def test_varlen_attention_of_pytorch(tmp_path: Path) -> None:
     assert torch.allclose(run_elsewhere(tmp_path / "model.pt2", (x, other)), expected, atol=1e-5)
 
 
-def test_what_was_never_seen_to_run_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA, where the kernel could run, it must be named."""
+def test_the_only_kernel_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead.aten_flash, "supports", lambda problem: None)
     problem = Problem(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64)
-    assert "never seen to run" in (ahead.refusal(problem, "auto") or "")
-    assert "never seen to run" in (ahead.refusal(problem, "-triton") or "")
-    assert ahead.refusal(problem, "aten_flash") is None
-    assert "equal" in (ahead.refusal(problem._replace(head_dim_v=32), "aten_flash") or "")
+    for kernels in ("auto", "-triton", "aten_flash", "triton,aten_flash"):
+        assert ahead.refusal(problem, kernels) is None
+    for kernels in ("triton", "-aten_flash"):
+        assert f"config.kernels is {kernels!r}" in (ahead.refusal(problem, kernels) or "")
+    assert "equal" in (ahead.refusal(problem._replace(head_dim_v=32), "auto") or "")
