@@ -436,6 +436,7 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         positions=positions,
         length=length_class(query.shape[-2]),
         deterministic=must_be_deterministic(),
+        tails_unread=True,
     )
     if _compat_inductor.compiles_ahead_of_time():
         reason = ahead.refusal(problem, config.kernels)

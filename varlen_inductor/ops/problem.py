@@ -72,6 +72,8 @@ class Problem(NamedTuple):
     paged: bool = False
     page_size: int = 0
     batch_invariant: bool = False
+    tails_unread: bool = False
+    """As of the layout: kernels that would read or leave anything behind the last sequence need no help then."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
@@ -95,6 +97,7 @@ class Problem(NamedTuple):
             layout.block_table is not None,
             0 if layout.block_table is None else int(key.shape[1]),
             rule.batch_invariant,
+            layout.tails_unread,
         )
 
     @property

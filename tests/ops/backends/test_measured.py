@@ -69,6 +69,12 @@ def test_the_host_counts(table: dict[str, Any]) -> None:
     assert order()[0] == "triton"
 
 
+def test_what_rows_behind_the_end_cost(table: dict[str, Any]) -> None:
+    table["host_us"] = {"aten_flash": {"forward": 5.0, "forward, tails": 50.0}, "triton": {"forward": 5.0}}
+    assert order(tails_unread=True)[0] == "aten_flash"
+    assert order()[0] == "triton"
+
+
 @pytest.mark.parametrize(
     "changes", [{"device": torch.device("cpu")}, {"dtype": torch.float32}, {"window_right": 0}, {"seqused_k": True}], ids=str
 )

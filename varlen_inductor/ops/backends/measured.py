@@ -3,7 +3,8 @@
 ``measured.json`` is written by ``benchmarks/kernels.py``. For each compute capability it has rows of times, forward and backward,
 of every backend that could run a shape; a problem is answered by the row most like it. What counts is the time of the kernel and
 the time that its call takes the host, added up: packed steps of short sequences are bound by the host, and with long ones the
-kernel is so much the larger that nothing changes. Whatever was not measured comes after what was, in the order of the list.
+kernel is so much the larger that nothing changes. Where rows behind the last sequence matter, a call takes the host longer
+(``"forward, tails"``): some kernels need help there. Whatever was not measured comes after what was, in the order of the list.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def by_time(problem: Problem, backward: bool, backends: Sequence[Backend]) -> tu
         return None
     # Each kernel drops weights in its own way, so the backward must be the forward's: what counts is both together.
     directions = ("forward", "backward") if problem.dropout_p > 0.0 else ("backward",) if backward else ("forward",)
-    times = {b.name: sum(_time(b.name, direction, row, table) for direction in directions) for b in backends}
+    times = {b.name: sum(_time(b.name, direction, row, table, problem.tails_unread) for direction in directions) for b in backends}
     return tuple(sorted(backends, key=lambda backend: times[backend.name]))
 
 
@@ -57,7 +58,8 @@ def _most_like(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, An
     return min(alike, key=lambda row: (row["head_dim"] < dim, abs(row["head_dim"] - dim), abs(math.log2(row["length"] / length))))
 
 
-def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any]) -> float:
-    host: float = table["host_us"].get(name, {}).get(direction, 0.0)
+def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any], tails_unread: bool) -> float:
+    hosts: dict[str, float] = table["host_us"].get(name, {})
+    host = hosts.get(direction, 0.0)
     kernel: float = row[f"{direction}_us"].get(name, math.inf)
-    return kernel + host
+    return kernel + (host if tails_unread else hosts.get(f"{direction}, tails", host))
