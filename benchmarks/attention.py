@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from common import median_ms, save
 
 import varlen_inductor
-from varlen_inductor.ops.backends import BACKENDS
-from varlen_inductor.ops.problem import Problem
+from varlen_inductor.ops.backends import BACKENDS, choose
+from varlen_inductor.ops.problem import Problem, length_class
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ CUDA_CONFIGS = (
     Config("d128c", 8, 4096, 16, 128, causal=True),
     Config("bert", 64, 512, 12, 64),
 )
+OURS = "ours on packed tokens"
 OURS_WITH = "ours, "
 """What the name of a variant begins with that goes on with the kernel to be used."""
 CPU_CONFIGS = (Config("bert", 8, 256, 12, 64), Config("bert causal", 8, 256, 12, 64, causal=True))
@@ -90,7 +91,7 @@ def variants(config: Config, device: str, dtype: torch.dtype) -> dict[str, tuple
     compiled = torch.compile(from_padding, backend=backend, options={"varlen.packing": "attention"}, fullgraph=True)
     found: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
         "padded SDPA": (lambda: attend(padded, mask), [padded]),
-        "ours on packed tokens": (lambda: ours(*packed), packed),
+        OURS: (lambda: ours(*packed), packed),
         "padded SDPA under our flag": (lambda: compiled(padded, lengths), [padded]),
     }
     if device == "cuda":
@@ -115,12 +116,22 @@ def first(results: Any) -> torch.Tensor:
     return results[0] if isinstance(results, tuple) else results
 
 
-def kernels_for(query: torch.Tensor, config: Config) -> list[str]:
-    """The CUDA backends that can run the configuration."""
+def problem_of(device: torch.device, dtype: torch.dtype, config: Config) -> Problem:
     heads, dim = config.heads, config.head_dim
     right = 0 if config.causal else -1
-    problem = Problem(query.device, query.dtype, heads, heads, dim, dim, window_right=right, length=config.length)
+    return Problem(device, dtype, heads, heads, dim, dim, window_right=right, length=length_class(config.length))
+
+
+def kernels_for(query: torch.Tensor, config: Config) -> list[str]:
+    """The CUDA backends that can run the configuration."""
+    problem = problem_of(query.device, query.dtype, config)
     return [backend.name for backend in BACKENDS if backend.name not in ("cpu", "math") and backend.supports(problem) is None]
+
+
+def chosen_for(device: str, dtype: torch.dtype, config: Config) -> str:
+    """The kernel of choice, of the forward and of the backward."""
+    problem = problem_of(torch.zeros((), device=device).device, dtype, config)
+    return ", ".join(choose(problem, backward=backward).backend.name for backward in (False, True))
 
 
 def times(function: Callable[..., Any], inputs: list[torch.Tensor], device: str) -> tuple[float, float]:
@@ -150,6 +161,8 @@ def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
                 "forward_backward_tflops": 3.5 * flops / backward / 1e9,
             }
         )
+        if name == OURS:
+            rows[-1]["kernels"] = chosen_for(device, dtype, config)
     base = rows[0]
     for row in rows:
         row["forward_speedup"] = base["forward_ms"] / row["forward_ms"]
