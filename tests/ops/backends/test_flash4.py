@@ -13,10 +13,12 @@ import torch
 from flash4_stand_in import FlashAttn4
 
 from attention_cases import LENGTHS, WINDOWS, check_against_reference, check_backward_into, make_case, run
+from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops import backends
-from varlen_inductor.ops.backends import flash4
+from varlen_inductor.ops.attention import split_arguments
+from varlen_inductor.ops.backends import flash4, rows, tails
 from varlen_inductor.ops.backends.packages import load
-from varlen_inductor.ops.backends.replay import Note
+from varlen_inductor.ops.backends.replay import Note, Replay
 from varlen_inductor.ops.problem import Problem
 
 PROBLEM = Problem(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64, 64)
@@ -113,6 +115,56 @@ def test_what_the_caller_holds_is_left_alone() -> None:
                 assert all(x.isfinite().all() for x in torch.autograd.grad(out, case.operands[:3], g))
                 for x, old in zip((*case.operands[:5], g), held):
                     assert torch.equal(x.detach().view(torch.int8), old.view(torch.int8))
+
+
+def check_what_fails() -> None:
+    """What the caller holds is as it was also where a kernel raises; with gradients that must be copied, and with others."""
+
+    def fails(**options: Any) -> None:
+        raise ValueError("a kernel")
+
+    broken = flash4.Kernels(fails, fails, Replay(()))
+    for scale in (0.3, -0.3):
+        case = make_case((5, 7), tail=3, scale=scale)
+        layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+        operands = [x.detach() for x in case.operands[:3]]
+        results = [x.detach() for x in run(case)]
+        g = torch.full_like(results[0], torch.nan)
+        held = [x.clone() for x in (*operands, g)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flash4, "_kernels", lambda: broken)
+            with pytest.raises(ValueError, match="a kernel"):
+                flash4.forward(operands[0], operands[1], operands[2], layout, rule)
+            with pytest.raises(ValueError, match="a kernel"):
+                flash4.backward(g, None, results[0], results[1], results[2], operands[0], operands[1], operands[2], layout, rule)
+        for x, old in zip((*operands, g), held):
+            assert torch.equal(x.view(torch.int8), old.view(torch.int8))
+
+
+def test_what_fails() -> None:
+    check_what_fails()
+
+
+def check_kernels() -> None:
+    """The same with the Triton kernels around: rows are hidden in place, and put back by what finishes the results."""
+    tails._with_triton = rows._with_triton = lambda x: True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, flash4.MODULE, FlashAttn4().module)
+        patch.setattr(backends, "BACKENDS", (dataclasses.replace(flash4.BACKEND, supports=lambda problem: None),))
+        forget()
+        test_what_the_caller_holds_is_left_alone()
+        test_strided_operands()
+        check_what_fails()
+        for dims in ((32, 32), (32, 64)):
+            for scale in (0.3, -0.5):
+                case = make_case((5, 0, 70), heads=(4, 2), dims=dims, window=(-1, 0), tail=3, scale=scale)
+                check_backward_into(case, flash4.BACKEND)
+                check_against_reference(case)
+
+
+@needs_interpreter
+def test_kernels() -> None:
+    interpret("ops/backends/test_flash4", "check_kernels")
 
 
 def test_strided_operands() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from launch_stand_in import compiled, note_launches
 from torch import Tensor
 
 from triton_interpreter import interpret, needs_interpreter
@@ -100,6 +101,58 @@ def check_what_fails() -> None:
     assert q[4].isnan().all()
 
 
+def check_finished() -> None:
+    """One launch puts the caller's rows back and finishes the results."""
+    ends = torch.tensor([[0, 0], [2, 3], [7, 8]], dtype=torch.int32)
+    some = Layout(ends[:, 0], ends[:, 1], 9, 9)  # offsets that are apart
+    for how, dtype in (("plain", torch.float32), ("slice", torch.bfloat16), ("heads first", torch.bfloat16)):
+        q, g = (spoil(rows(10, 4, dim, how, dtype), [7, 9, 8]) for dim in (8, 16))
+        k, v = (spoil(rows(80, 2, dim, how, dtype), [79, 8, 12, 70]) for dim in (8, 16))
+        held = [bits(x) for x in (q, g, k, v)]
+        out, lse = torch.full((10, 4, 16), math.nan, dtype=dtype), torch.full((4, 10), math.nan)
+        out[:7], lse[:, :7], lse[1, 2] = 1.0, 0.5, math.inf
+        hidden = tails.hide(q, None, k, v, some)
+        assert all(map(torch.equal, hidden.operands, [torch.where(x.isfinite(), x, 0.0) for x in (q, q, k, v)]))
+        tails.restore_forward(hidden, out, lse)
+        assert all(map(torch.equal, map(bits, (q, g, k, v)), held))
+        assert torch.equal(out[:, 0, 0], (torch.arange(10) < 7).to(dtype))
+        assert torch.equal(out, out[:, :1, :1].expand_as(out))
+        assert torch.equal(lse[0] == 0.5, torch.arange(10) < 7)
+        assert torch.equal(lse == -math.inf, (torch.arange(10) >= 7) | (torch.arange(40).view(4, 10) == 12))
+
+        joined = torch.ones(80, 90, dtype=dtype)
+        grads = tuple(x.unflatten(1, (-1, dim)) for x, dim in zip(joined.split([32, 16, 32, 10], 1), (8, 8, 16)))
+        for grad_query, grad_key, grad_value in (
+            (torch.ones(10, 4, 8, dtype=dtype), *(torch.ones(80, 2, dim, dtype=dtype) for dim in (6, 16))),
+            (grads[0][:10], *grads[1:]),
+        ):
+            hidden = tails.hide(q, g, k, v, some)
+            assert all(map(torch.equal, hidden.operands, [torch.where(x.isfinite(), x, 0.0) for x in (q, g, k, v)]))
+            tails.restore_backward(hidden, (grad_query, grad_key, grad_value))
+            assert all(map(torch.equal, map(bits, (q, g, k, v)), held))
+            for grad, end in ((grad_query, 7), (grad_key, 8), (grad_value, 8)):
+                assert (grad[:end] == 1.0).all()
+                assert (grad[end:] == 0.0).all()
+        assert (joined[10:, :32] == 1.0).all()
+        assert (joined[:, 80:] == 1.0).all()
+
+
+def check_many_rows() -> None:
+    """More than programs share in one step, behind the end and before it; and none at all."""
+    for tokens, end in ((300, 299), (300, 1), (2, 0), (0, 0)):
+        offsets = torch.tensor([0, end], dtype=torch.int32)
+        q = torch.full((tokens, 2, 8), math.nan)
+        out, lse, grads = torch.ones(tokens, 2, 8), torch.zeros(2, tokens), tuple(torch.ones(tokens, 2, 8) for _ in range(3))
+        tails.restore_forward(tails.hide(q, None, q, q, Layout(offsets, offsets, 9, 9)), out, lse)
+        tails.restore_backward(tails.hide(q, q, q, q, Layout(offsets, offsets, 9, 9)), (grads[0], grads[1], grads[2]))
+        assert q.isnan().all()
+        for x in (out, *grads):
+            assert (x[:end] == 1.0).all()
+            assert (x[end:] == 0.0).all()
+        assert (lse[:, :end] == 0.0).all()
+        assert (lse[:, end:] == -math.inf).all()
+
+
 def check_all() -> None:
     check()
     check_sequences_are_left_alone()
@@ -107,6 +160,8 @@ def check_all() -> None:
     check_more_rows_than_are_reached()
     check_shared_rows()
     check_what_fails()
+    check_finished()
+    check_many_rows()
 
 
 def test_operations() -> None:
@@ -118,6 +173,59 @@ def test_nothing_is_done_where_nobody_reads() -> None:
     with tails.finite_behind((q,), (k, v), layout((0, 2), (0, 3), tails_unread=True)) as operands:
         assert all(x is y for x, y in zip(operands, (q, k, v)))
         assert all(x.isnan().all() for x in operands)
+
+
+def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first gets tensors and goes through Triton, later ones get addresses and do not."""
+    pytest.importorskip("triton")
+    log = note_launches(monkeypatch, tails)
+    kept = torch.empty(9999)
+    monkeypatch.setattr(Tensor, "new_empty", lambda x, size: kept)
+    ends = torch.tensor([0, 2, 3], dtype=torch.int32)
+    some = Layout(ends, ends.clone(), 2, 2)
+    (q, g), (k, v) = [rows(5, 4, 16, how) for how in ("plain", "slice")], [rows(6, 2, 16, how) for how in ("heads first", "plain")]
+    out, lse, grads = torch.ones(5, 4, 16), torch.zeros(4, 5), (torch.ones(5, 4, 16), torch.ones(6, 2, 16), torch.ones(6, 2, 16))
+
+    def calls() -> None:
+        tails.restore_forward(tails.hide(q, None, k, v, some), out, lse)
+        tails.restore_backward(tails.hide(q, g, k, v, some), grads)
+        with tails.finite_behind((q, g), (k, v), some):
+            pass
+
+    for _ in range(2):
+        calls()
+    monkeypatch.setattr(tails, "stream_of", lambda index: None)  # on a device that is not the current one
+    calls()
+    assert [name for name, *_ in log[:6]] == ["hide", "restore_forward", "hide", "restore_backward", "hide", "put_back"]
+    assert log[:6] == log[6:12] == log[12:]
+    assert compiled(tails) == 4
+
+
+def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a number of rows, unless it needs 64 bits, nor for a last offset; but for what is a multiple of 16."""
+    pytest.importorskip("triton")
+    note_launches(monkeypatch, tails)
+    ends = torch.tensor([0, 2, 3], dtype=torch.int32)
+
+    def known(q: Tensor, k: Tensor, end: int = 3) -> int:
+        tokens, heads, dim = q.shape
+        some = Layout(ends[:end], ends[1:], 9, 9)
+        tails.restore_forward(tails.hide(q, None, k, k, some), torch.ones(tokens, heads, dim), torch.zeros(heads, tokens))
+        tails.restore_backward(tails.hide(q, q, k, k, some), (q, k, k))
+        return compiled(tails)
+
+    k = rows(6, 2, 16, "plain")
+    for tokens, end in ((5, 3), (16, 2), (1, 3), (300, 3)):
+        assert known(rows(tokens, 4, 16, "plain"), k, end) == 3
+    assert known(rows(5, 4, 16, "slice"), k) == 3  # steps that are multiples, too
+    memory = torch.ones(999)
+    assert known(memory[4:324].view(5, 4, 16), k) == 3
+    assert known(memory[1:321].view(5, 4, 16), k) == 6
+    assert known(memory[:120].view(5, 24)[:, :16].view(5, 1, 16), k[:, :1]) == 9
+    assert known(memory.as_strided((1, 4, 16), (2**31, 16, 1)), k) == 12
+    out, lse = memory[1:321].view(5, 4, 16), torch.zeros(4, 5)
+    tails.restore_forward(tails.hide(rows(5, 4, 16, "plain"), None, k, k, Layout(ends, ends, 9, 9)), out, lse)
+    assert compiled(tails) == 13
 
 
 def check_kernel() -> None:

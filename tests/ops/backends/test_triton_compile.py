@@ -28,7 +28,8 @@ KERNELS = {
 }
 TYPES = {
     **dict.fromkeys(("lse", "delta", "stats"), "*fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends", "ends_q", "ends_k", "buffer", "block_table"), "*i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends_q", "ends_k", "end", "end_q", "end_k"), "*i32"),
+    **dict.fromkeys(("buffer", "block_table"), "*i32"),
     **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
     **dict.fromkeys(("scale", "inner", "scale_out", "keep"), "fp32"),
     "threshold": "i64",
@@ -107,11 +108,14 @@ def compiled_for(kernel: str, dtype: torch.dtype, dim: int, capability: int, con
 def test_what_is_around_them() -> None:
     constants = {"DIM_V": 64, "BLOCK_DV": 64, "BLOCK_M": 64, "stride_od": 1}
     compiled(triton_backward.delta_kernel, {**constants, "grad_lse": None}, "bf16", 90)
-    compiled(rows._finish_forward, {"BLOCK": rows.BLOCK}, "bf16", 90)
+    lse = {"BLOCK_LSE": rows.BLOCK_LSE}
+    compiled(rows._finish_forward, {"BLOCK": rows.BLOCK, **lse}, "bf16", 90)
     compiled(rows._finish_backward, {"BLOCK": rows.BLOCK}, "bf16", 90)
-    sizes = {"HEADS": 12, "DIM": 64, "DIM_GRAD": 64, "HEADS_K": 4, "DIM_K": 64, "DIM_V": 40, "REACH": 256, "BLOCK": tails.BLOCK}
+    sizes = {"HEADS": 12, "DIM": 64, "HEADS_K": 4, "DIM_V": 40, "REACH": tails.REACH, "BLOCK": tails.BLOCK}
     for putting_back in (True, False):
         compiled(tails._exchange_kernel, {**sizes, "PUTTING_BACK": putting_back}, "bf16", 90)
+    compiled(tails._restore_forward_kernel, {**sizes, "BLOCK_ROWS": rows.BLOCK, **lse}, "bf16", 90)
+    compiled(tails._restore_backward_kernel, {**sizes, "BLOCK_ROWS": rows.BLOCK}, "bf16", 90)
 
 
 @pytest.mark.parametrize("wide", [False, True])

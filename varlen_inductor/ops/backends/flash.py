@@ -280,7 +280,7 @@ def _layout(package: Package, layout: Layout, key_tokens: int, without: bool) ->
 
 
 def _readable(
-    package: Package, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout
+    package: Package, queries: tuple[Tensor, ...], keys: tuple[Tensor, Tensor], layout: Layout
 ) -> AbstractContextManager[tuple[Tensor, ...]]:
     return finite_behind(queries, keys, layout) if package.version == 3 else nullcontext((*queries, *keys))
 

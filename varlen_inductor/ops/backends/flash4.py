@@ -38,8 +38,7 @@ from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
-from varlen_inductor.ops.backends.rows import finish_backward, finish_forward
-from varlen_inductor.ops.backends.tails import finite_behind, own_rows
+from varlen_inductor.ops.backends.tails import hide, own_rows, restore_backward, restore_forward
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MODULE = "flash_attn.cute.interface"
@@ -156,9 +155,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
     else:
-        with finite_behind((q,), (k, v), layout) as (q, k, v):
+        hidden = hide(q, None, k, v, layout)
+        try:
+            q, _, k, v = hidden.operands
             _run("forward", (q, k, v, out, lse), sizes, layout, rule)
-        finish_forward(out, lse, layout.cu_seq_q)
+        finally:
+            restore_forward(hidden, out, lse)
     return out, lse, q.new_empty(0, dtype=torch.uint64)
 
 
@@ -220,16 +222,17 @@ def _differentiate(
     if not as_wanted:
         theirs = q.new_empty(rows, heads, dim), k.new_empty(rows_k, heads_k, dim), grads[2]
     way, more = ("backward", ()) if grad_lse is None else ("backward, lse", (grad_lse.float().contiguous(),))
-    if layout.tails_unread:
+    hidden = None if layout.tails_unread else hide(q, g, k, v, layout)
+    try:
+        if hidden is not None:
+            q, g, k, v = hidden.operands
         _run(way, (q, k, v, o, g, lse, *theirs, *more), sizes, layout, rule)
-    else:
-        with finite_behind((q, g), (k, v), layout) as (q, g, k, v):
-            _run(way, (q, k, v, o, g, lse, *theirs, *more), sizes, layout, rule)
-    if not as_wanted:
-        torch.mul(theirs[0][..., : query.shape[2]], factor, out=grads[0])
-        grads[1].copy_(theirs[1][..., : key.shape[2]])
-    if not layout.tails_unread:
-        finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
+        if not as_wanted:
+            torch.mul(theirs[0][..., : query.shape[2]], factor, out=grads[0])
+            grads[1].copy_(theirs[1][..., : key.shape[2]])
+    finally:
+        if hidden is not None:
+            restore_backward(hidden, grads)
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int, int, int]]:

@@ -8,7 +8,8 @@ the backends that need this refuse such problems.
 
 With Triton this is done in place: copies of the operands would cost a tenth of the attention. One small kernel in front keeps a
 copy of those rows and puts zeros where numbers are not finite; one behind puts those numbers back, bit for bit. Both run on the
-stream of the attention, and write nothing to rows that hold finite numbers. Without Triton, copies are made.
+stream of the attention, and write nothing to rows that hold finite numbers. The one behind can also finish what the attention
+leaves in its results there (`rows`), for each launch is a good part of what the host does. Without Triton, copies are made.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,18 +17,23 @@ stream of the attention, and write nothing to rows that hold finite numbers. Wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.launch import Launcher, kind
+from varlen_inductor.ops.backends.rows import BLOCK as BLOCK_ROWS
+from varlen_inductor.ops.backends.rows import BLOCK_LSE, finish_backward, finish_forward, last_address, places_of, stream_of
 from varlen_inductor.ops.problem import Layout
 
 try:
     import triton
     import triton.language as tl
+
+    from varlen_inductor.ops.backends.rows import finish_lse, zero_behind
 except ImportError:  # PyTorch without Triton
     triton = None
 
@@ -36,30 +42,146 @@ REACH = 256
 PROGRAMS = 64
 """So many programs share the rows of a tensor."""
 BLOCK = 1024
+_GRID, _GRID_GRAD = (3, PROGRAMS, 1), (4, PROGRAMS, 1)
+_GRID_FORWARD, _GRID_BACKWARD = (5, PROGRAMS, 1), (6, PROGRAMS, 1)
+"""As many programs finish the results as exchange the rows of two tensors."""
+
+
+class Hidden(NamedTuple):
+    """What `hide` did, and what undoes it."""
+
+    operands: tuple[Tensor, Tensor, Tensor, Tensor]
+    """``query``, ``grad_out`` (or ``query`` again), ``key`` and ``value`` to be read: the caller's, or copies without Triton."""
+    layout: Layout
+    kept: Tensor | None
+    """The rows behind the last sequence as they were, or ``None`` without Triton."""
+    grid: tuple[int, int, int]
+    """Of the kernels that only exchange rows."""
+    key: tuple[object, ...]
+    stream: int | None
+    """The number of the stream if the operands' device is the current one."""
+    args: tuple[int, ...]
+    """Of every kernel here: seven addresses, ten numbers that may change from call to call, then constants."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In place of the addresses, which are not enough for a first launch."""
+        assert self.kept is not None
+        return *self.operands, self.kept, self.layout.cu_seq_q[-1:], self.layout.cu_seq_k[-1:]
+
+
+def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, layout: Layout) -> Hidden:
+    """Takes NaN and infinity out of the rows behind the last sequence, until `put_back` or one of the ``restore`` functions.
+
+    One of them must follow, whatever happens in between. Each row has memory of its own (`own_rows`), with the last dimension
+    contiguous; the operands are on one device and of one dtype.
+
+    Args:
+        query: shape (T_q, H, D).
+        grad_out: shape (T_q, H, D_v), if it is read, too.
+        key: shape (T_k, H_k, D).
+        value: shape (T_k, H_k, D_v).
+    """
+    if not _with_triton(key):
+        ends_q, ends_k = layout.cu_seq_q, layout.cu_seq_k
+        query, key, value = _cleaned(query, ends_q), _cleaned(key, ends_k), _cleaned(value, ends_k)
+        grad_out = query if grad_out is None else _cleaned(grad_out, ends_q)
+        return Hidden((query, grad_out, key, value), layout, None, _GRID, (), None, ())
+    rows, heads, dim = query.shape
+    rows_k, heads_k, dim_v = value.shape
+    at_q, at_k, at_v = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    row_q, head_q, _ = query.stride()
+    row_k, head_k, _ = key.stride()
+    row_v, head_v, _ = value.stride()
+    if grad_out is None:
+        grid, grad_out, dims, at_g, row_g, head_g = _GRID, query, dim, at_q, row_q, head_q  # no program looks at it
+    else:
+        grid, dims, at_g, (row_g, head_g, _) = _GRID_GRAD, dim + dim_v, grad_out.data_ptr(), grad_out.stride()
+    kept = query.new_empty(min(rows, REACH) * heads * dims + min(rows_k, REACH) * heads_k * (dim + dim_v))
+    at = kept.data_ptr()
+    cu_seq_q, cu_seq_k = layout.cu_seq_q, layout.cu_seq_k
+    end_q = last_address(cu_seq_q)
+    end_k = end_q if cu_seq_k is cu_seq_q else last_address(cu_seq_k)
+    addresses = (at_q, at_g, at_k, at_v, at, end_q, end_k)
+    numbers = (rows, rows_k, row_q, head_q, row_g, head_g, row_k, head_k, row_v, head_v)
+    strides = row_q | head_q | row_g | head_g | row_k | head_k | row_v | head_v
+    # Heads of 16 and more numbers, nearly always; to look at each by itself would take as long as all the rest.
+    usual = not (at_q | at_g | at_k | at_v | at | strides) & 15 and not (strides | rows | rows_k) >> 31
+    index = query.get_device()
+    variant = usual or (at_q & 15, at_g & 15, at_k & 15, at_v & 15, at & 15, *map(kind, numbers))
+    compiled_for = (index, query.dtype, heads, dim, heads_k, dim_v, variant)
+    args = (*addresses, *numbers, heads, dim, heads_k, dim_v, REACH, BLOCK)
+    stream = stream_of(index)
+    hidden = Hidden((query, grad_out, key, value), layout, kept, grid, compiled_for, stream, args)
+    if stream is None or not _launch_hide.again(grid, compiled_for, stream, *args, False):
+        _launch_hide(grid, compiled_for, *hidden.tensors, *args[7:], False)
+    return hidden
+
+
+def put_back(hidden: Hidden) -> None:
+    """The caller's tensors hold again, bit for bit, what they held."""
+    _, _, kept, grid, key, stream, args = hidden
+    if kept is not None and (stream is None or not _launch_put_back.again(grid, key, stream, *args, True)):
+        _launch_put_back(grid, key, *hidden.tensors, *args[7:], True)
+
+
+def restore_forward(hidden: Hidden, out: Tensor, lse: Tensor) -> None:
+    """`put_back` and `rows.finish_forward` in one launch, where rows were hidden without ``grad_out``.
+
+    Args:
+        out: shape (T_q, H, D_v), contiguous.
+        lse: shape (H, T_q), contiguous.
+    """
+    if hidden.kept is None:
+        finish_forward(out, lse, hidden.layout.cu_seq_q)
+        return
+    _, _, _, _, key, stream, args = hidden
+    at, at_lse = out.data_ptr(), lse.data_ptr()
+    if (at | at_lse) & 15:
+        key = (key, at & 15, at_lse & 15)
+    constants = (BLOCK_ROWS, BLOCK_LSE)
+    if stream is None or not _launch_restore_forward.again(_GRID_FORWARD, key, stream, at, at_lse, *args, *constants):
+        _launch_restore_forward(_GRID_FORWARD, key, out, lse, *hidden.tensors, *args[7:], *constants)
+
+
+def restore_backward(hidden: Hidden, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+    """`put_back` and `rows.finish_backward` in one launch, where rows were hidden with ``grad_out``.
+
+    Args:
+        grads: of query (T_q, H, D), key (T_k, H_k, D) and value (T_k, H_k, D_v), in the dtype of the operands. Heads are
+            contiguous, rows need not be, and head dims may be smaller than those of the operands.
+    """
+    layout = hidden.layout
+    if hidden.kept is None:
+        finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
+        return
+    _, _, _, _, key, stream, args = hidden
+    addresses, numbers, variant = places_of(grads)
+    key = (key, variant)
+    if stream is None or not _launch_restore_backward.again(_GRID_BACKWARD, key, stream, *addresses, *numbers, *args, BLOCK_ROWS):
+        _launch_restore_backward(_GRID_BACKWARD, key, *grads, *numbers, *hidden.tensors, *args[7:], BLOCK_ROWS)
 
 
 @contextmanager
-def finite_behind(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> Iterator[tuple[Tensor, ...]]:
+def finite_behind(queries: tuple[Tensor, ...], keys: tuple[Tensor, Tensor], layout: Layout) -> Iterator[tuple[Tensor, ...]]:
     """``queries`` and ``keys``, one after the other, with no NaN and no infinity behind the last sequence inside of the context.
 
     What the caller's tensors hold is the same before and after. With ``layout.tails_unread`` their rows there hold finite numbers
     already, if there are any.
 
     Args:
-        queries: one or two tensors (T_q, H, D), whose rows ``cu_seq_q`` describes; the last dimension contiguous.
-        keys: two tensors (T_k, H_k, D), whose rows ``cu_seq_k`` describes; the last dimension contiguous.
+        queries: query (T_q, H, D), and the gradient of the result (T_q, H, D_v) if it is read, too; the last dimension contiguous.
+        keys: key (T_k, H_k, D) and value (T_k, H_k, D_v); the last dimension contiguous.
     """
+    query, *grad_out, key, value = map(own_rows, (*queries, *keys))
     if layout.tails_unread:
-        yield *map(own_rows, queries), *map(own_rows, keys)
-    elif not _with_triton(keys[0]):
-        yield *(_cleaned(x, layout.cu_seq_q) for x in queries), *(_cleaned(x, layout.cu_seq_k) for x in keys)
-    else:
-        queries, keys = tuple(map(own_rows, queries)), tuple(map(own_rows, keys))
-        put_back = _hide(queries, keys, layout)
-        try:
-            yield *queries, *keys
-        finally:
-            put_back()
+        yield query, *grad_out, key, value
+        return
+    hidden = hide(query, grad_out[0] if grad_out else None, key, value, layout)
+    try:
+        yield *hidden.operands[: len(queries)], *hidden.operands[2:]
+    finally:
+        put_back(hidden)
 
 
 def own_rows(x: Tensor) -> Tensor:
@@ -77,33 +199,13 @@ def _cleaned(x: Tensor, ends: Tensor) -> Tensor:
     return x.masked_fill(behind[:, None, None] & ~x.isfinite(), 0.0)
 
 
-def _hide(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], layout: Layout) -> Callable[[], None]:
-    """Puts zeros where numbers are not finite, and returns what puts the numbers back."""
-    first, last = queries[0], queries[-1]
-    key, value = keys
-    tensors = (first, last, key, value)
-    (rows, heads, dim), (rows_k, heads_k, dim_k) = first.shape, key.shape
-    strides = [stride for x in tensors for stride in x.stride()[:2]]
-    numbers = (rows, rows_k, layout.cu_seq_q.shape[0] - 1, *strides)
-    sizes = (heads, dim, last.shape[2], heads_k, dim_k, value.shape[2])
-    kept_q = heads * sum(x.shape[2] for x in queries)
-    kept = first.new_empty(min(rows, REACH) * kept_q + min(rows_k, REACH) * heads_k * (dim_k + value.shape[2]))
-    pointers = (*tensors, kept, layout.cu_seq_q, layout.cu_seq_k)
-    compiled_for = (first.device, first.dtype, *(x.data_ptr() % 16 for x in pointers), sizes, *map(kind, numbers))
-    grid = (2 + len(queries), PROGRAMS, 1)
-
-    def launch(putting_back: bool) -> None:
-        _launch(grid, (putting_back, compiled_for), *pointers, *numbers, *sizes, putting_back, REACH, BLOCK)
-
-    launch(False)
-    return lambda: launch(True)
-
-
 def _with_triton(x: Tensor) -> bool:
     return triton is not None and x.is_cuda
 
 
 if triton is not None:
+    # No kernel is compiled for a number of rows, or for the place of the last offset: then it is nearly always the same one.
+    _any_rows = triton.jit(do_not_specialize=["rows_q", "rows_k"], do_not_specialize_on_alignment=["end_q", "end_k"])
 
     @triton.jit
     def _exchange_rows(
@@ -136,17 +238,17 @@ if triton is not None:
                     tl.store(place, tl.zeros((BLOCK,), x.dtype.element_ty), mask=inside & (finite == 0))
 
     @triton.jit
-    def _exchange_kernel(
+    def _exchange(
+        which,
         query,
         grad,
         key,
         value,
         kept,
-        ends_q,
-        ends_k,
+        end_q,
+        end_k,
         rows_q,
         rows_k,
-        sequences,
         stride_query_row,
         stride_query_head,
         stride_grad_row,
@@ -157,32 +259,226 @@ if triton is not None:
         stride_value_head,
         HEADS: tl.constexpr,
         DIM: tl.constexpr,
-        DIM_GRAD: tl.constexpr,
         HEADS_K: tl.constexpr,
-        DIM_K: tl.constexpr,
         DIM_V: tl.constexpr,
         PUTTING_BACK: tl.constexpr,
         REACH: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        which = tl.program_id(0)
-        kept_value = kept + tl.minimum(rows_k, REACH) * (HEADS_K * DIM_K)
+        """One of the four tensors."""
+        kept_value = kept + tl.minimum(rows_k, REACH) * (HEADS_K * DIM)
         kept_query = kept_value + tl.minimum(rows_k, REACH) * (HEADS_K * DIM_V)
         kept_grad = kept_query + tl.minimum(rows_q, REACH) * (HEADS * DIM)
-        end_q, end_k = tl.load(ends_q + sequences), tl.load(ends_k + sequences)
+        first_q, first_k = tl.load(end_q), tl.load(end_k)
         if which == 0:
-            _exchange_rows(key, kept, end_k, rows_k, stride_key_row, stride_key_head, HEADS_K, DIM_K, PUTTING_BACK, REACH, BLOCK)
+            _exchange_rows(key, kept, first_k, rows_k, stride_key_row, stride_key_head, HEADS_K, DIM, PUTTING_BACK, REACH, BLOCK)
         elif which == 1:
             _exchange_rows(
-                value, kept_value, end_k, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, PUTTING_BACK, REACH, BLOCK
+                value, kept_value, first_k, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, PUTTING_BACK, REACH, BLOCK
             )
         elif which == 2:
             _exchange_rows(
-                query, kept_query, end_q, rows_q, stride_query_row, stride_query_head, HEADS, DIM, PUTTING_BACK, REACH, BLOCK
+                query, kept_query, first_q, rows_q, stride_query_row, stride_query_head, HEADS, DIM, PUTTING_BACK, REACH, BLOCK
             )
         else:
             _exchange_rows(
-                grad, kept_grad, end_q, rows_q, stride_grad_row, stride_grad_head, HEADS, DIM_GRAD, PUTTING_BACK, REACH, BLOCK
+                grad, kept_grad, first_q, rows_q, stride_grad_row, stride_grad_head, HEADS, DIM_V, PUTTING_BACK, REACH, BLOCK
             )
 
-    _launch = Launcher(_exchange_kernel)
+    @_any_rows
+    def _exchange_kernel(
+        query,
+        grad,
+        key,
+        value,
+        kept,
+        end_q,
+        end_k,
+        rows_q,
+        rows_k,
+        stride_query_row,
+        stride_query_head,
+        stride_grad_row,
+        stride_grad_head,
+        stride_key_row,
+        stride_key_head,
+        stride_value_row,
+        stride_value_head,
+        HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        HEADS_K: tl.constexpr,
+        DIM_V: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        PUTTING_BACK: tl.constexpr,
+    ):
+        which = tl.program_id(0)
+        _exchange(
+            which,
+            query,
+            grad,
+            key,
+            value,
+            kept,
+            end_q,
+            end_k,
+            rows_q,
+            rows_k,
+            stride_query_row,
+            stride_query_head,
+            stride_grad_row,
+            stride_grad_head,
+            stride_key_row,
+            stride_key_head,
+            stride_value_row,
+            stride_value_head,
+            HEADS,
+            DIM,
+            HEADS_K,
+            DIM_V,
+            PUTTING_BACK,
+            REACH,
+            BLOCK,
+        )
+
+    @_any_rows
+    def _restore_forward_kernel(
+        out,
+        lse,
+        query,
+        grad,
+        key,
+        value,
+        kept,
+        end_q,
+        end_k,
+        rows_q,
+        rows_k,
+        stride_query_row,
+        stride_query_head,
+        stride_grad_row,
+        stride_grad_head,
+        stride_key_row,
+        stride_key_head,
+        stride_value_row,
+        stride_value_head,
+        HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        HEADS_K: tl.constexpr,
+        DIM_V: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_LSE: tl.constexpr,
+    ):
+        which = tl.program_id(0)
+        if which < 3:
+            _exchange(
+                which,
+                query,
+                grad,
+                key,
+                value,
+                kept,
+                end_q,
+                end_k,
+                rows_q,
+                rows_k,
+                stride_query_row,
+                stride_query_head,
+                stride_grad_row,
+                stride_grad_head,
+                stride_key_row,
+                stride_key_head,
+                stride_value_row,
+                stride_value_head,
+                HEADS,
+                DIM,
+                HEADS_K,
+                DIM_V,
+                True,
+                REACH,
+                BLOCK,
+            )
+        else:
+            program = (which - 3) * tl.num_programs(1) + tl.program_id(1)
+            programs = (tl.num_programs(0) - 3) * tl.num_programs(1)
+            first = tl.load(end_q)
+            zero_behind(out, first, rows_q, HEADS * DIM_V, HEADS * DIM_V, program, programs, BLOCK_ROWS)
+            finish_lse(lse, first, rows_q, HEADS, program, programs, BLOCK_LSE)
+
+    @_any_rows
+    def _restore_backward_kernel(
+        grad_query,
+        grad_key,
+        grad_value,
+        row_size_q,
+        row_size_k,
+        row_size_v,
+        stride_q,
+        stride_k,
+        stride_v,
+        query,
+        grad,
+        key,
+        value,
+        kept,
+        end_q,
+        end_k,
+        rows_q,
+        rows_k,
+        stride_query_row,
+        stride_query_head,
+        stride_grad_row,
+        stride_grad_head,
+        stride_key_row,
+        stride_key_head,
+        stride_value_row,
+        stride_value_head,
+        HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        HEADS_K: tl.constexpr,
+        DIM_V: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+    ):
+        which = tl.program_id(0)
+        if which < 4:
+            _exchange(
+                which,
+                query,
+                grad,
+                key,
+                value,
+                kept,
+                end_q,
+                end_k,
+                rows_q,
+                rows_k,
+                stride_query_row,
+                stride_query_head,
+                stride_grad_row,
+                stride_grad_head,
+                stride_key_row,
+                stride_key_head,
+                stride_value_row,
+                stride_value_head,
+                HEADS,
+                DIM,
+                HEADS_K,
+                DIM_V,
+                True,
+                REACH,
+                BLOCK,
+            )
+        else:
+            program = (which - 4) * tl.num_programs(1) + tl.program_id(1)
+            programs = (tl.num_programs(0) - 4) * tl.num_programs(1)
+            first_q, first_k = tl.load(end_q), tl.load(end_k)
+            zero_behind(grad_query, first_q, rows_q, row_size_q, stride_q, program, programs, BLOCK_ROWS)
+            zero_behind(grad_key, first_k, rows_k, row_size_k, stride_k, program, programs, BLOCK_ROWS)
+            zero_behind(grad_value, first_k, rows_k, row_size_v, stride_v, program, programs, BLOCK_ROWS)
+
+    _launch_hide, _launch_put_back = Launcher(_exchange_kernel), Launcher(_exchange_kernel)
+    _launch_restore_forward, _launch_restore_backward = Launcher(_restore_forward_kernel), Launcher(_restore_backward_kernel)
