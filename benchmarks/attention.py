@@ -5,17 +5,20 @@
 For each configuration: the padded masked SDPA that PyTorch picks, PyTorch's own `varlen_attn` on packed tokens (CUDA), ours, ours
 with each kernel that there is, flash-attn-4's own function where it is installed, and the padded SDPA compiled with our flag
 (attention-only form, pack and unpack included). TFLOP/s count useful work only:
-4 · H · D · Σ len², halved when causal, times 3.5 for forward and backward.
+4 · H · D · Σ len², halved when causal, times 3.5 for forward and backward. Short calls are bound by the host, and hosts are noisy:
+all variants are measured several times in turn, and on CUDA the time that kernels run is given, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,21 +137,45 @@ def chosen_for(device: str, dtype: torch.dtype, config: Config) -> str:
     return ", ".join(choose(problem, backward=backward).backend.name for backward in (False, True))
 
 
-def times(function: Callable[..., Any], inputs: list[torch.Tensor], device: str) -> tuple[float, float]:
-    """Milliseconds of the forward, and of forward and backward."""
-    with torch.no_grad():
-        forward = median_ms(function, device, device_ms=(50, 200))
-    gradient = torch.randn_like(function())
-    return forward, median_ms(lambda: torch.autograd.grad(function(), inputs, gradient), device, device_ms=(50, 200))
+class Calls(NamedTuple):
+    """A forward without gradients, a forward with its backward, and ``config.kernels`` for both."""
+
+    forward: Callable[[], Any]
+    forward_backward: Callable[[], Any]
+    kernels: str
+
+    def each(self, measure: Callable[[Callable[[], Any]], float]) -> tuple[float, float]:
+        with varlen_inductor.config.patch(kernels=self.kernels):
+            return measure(self.forward), measure(self.forward_backward)
 
 
-def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def calls_of(function: Callable[..., Any], inputs: list[torch.Tensor], kernels: str) -> Calls:
+    with varlen_inductor.config.patch(kernels=kernels):
+        gradient = torch.randn_like(function())
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function()
+
+    return Calls(forward, lambda: torch.autograd.grad(function(), inputs, gradient), kernels)
+
+
+def run(config: Config, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[dict[str, Any]], list[Calls]]:
+    """A row of times for each variant, and its calls. They take turns, so that a slow moment of the host meets all alike."""
     lengths = config.lengths()
     flops = 4 * config.heads * config.head_dim * float((lengths.double() ** 2).sum()) * (0.5 if config.causal else 1.0)
-    rows = []
+    found: dict[str, Calls] = {}
     for name, (function, inputs) in variants(config, device, dtype).items():
-        with varlen_inductor.config.patch(kernels=name.removeprefix(OURS_WITH) if name.startswith(OURS_WITH) else "auto"):
-            forward, backward = times(function, inputs, device)
+        found[name] = calls_of(function, inputs, name.removeprefix(OURS_WITH) if name.startswith(OURS_WITH) else "auto")
+    measure = partial(median_ms, device=device, repeat=10, warmup=2, device_ms=(25, 100))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, calls in found.items():
+            times[name].append(calls.each(measure))
+    medians = {name: [statistics.median(ms) for ms in zip(*both)] for name, both in times.items()}
+    base_forward, base_backward = medians["padded SDPA"]
+    rows: list[dict[str, Any]] = []
+    for name, (forward, backward) in medians.items():
         rows.append(
             {
                 "config": config.name,
@@ -159,37 +186,56 @@ def run(config: Config, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
                 "forward_backward_ms": backward,
                 "forward_tflops": flops / forward / 1e9,
                 "forward_backward_tflops": 3.5 * flops / backward / 1e9,
+                "forward_speedup": base_forward / forward,
+                "forward_backward_speedup": base_backward / backward,
+                "forward_backward_ms_of_rounds": [round(ms, 4) for _, ms in times[name]],
             }
         )
         if name == OURS:
             rows[-1]["kernels"] = chosen_for(device, dtype, config)
-    base = rows[0]
-    for row in rows:
-        row["forward_speedup"] = base["forward_ms"] / row["forward_ms"]
-        row["forward_backward_speedup"] = base["forward_backward_ms"] / row["forward_backward_ms"]
-    return rows
+    return rows, list(found.values())
+
+
+def device_ms(call: Callable[[], Any], repeat: int = 10) -> float:
+    """The time that kernels run during one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeat):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / repeat
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'config':12} {'variant':28} {'fwd ms':>9} {'TFLOP/s':>8} {'x':>6} {'f+b ms':>9} {'TFLOP/s':>8} {'x':>6}")
+    head = f"{'config':12} {'variant':28} {'fwd ms':>9} {'TFLOP/s':>8} {'x':>6} {'f+b ms':>9} {'TFLOP/s':>8} {'x':>6}"
+    print(head, "     kernels run, ms")
     for r in rows:
+        on_device = f"{r['forward_device_ms']:9.3f} {r['forward_backward_device_ms']:9.3f}" if "forward_device_ms" in r else ""
         print(
             f"{r['config']:12} {r['variant']:28} {r['forward_ms']:9.3f} {r['forward_tflops']:8.1f} {r['forward_speedup']:6.2f}"
-            f" {r['forward_backward_ms']:9.3f} {r['forward_backward_tflops']:8.1f} {r['forward_backward_speedup']:6.2f}"
+            f" {r['forward_backward_ms']:9.3f} {r['forward_backward_tflops']:8.1f} {r['forward_backward_speedup']:6.2f}",
+            on_device,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=7, help="how often each variant is measured; the median counts")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    rows = []
+    rows: list[dict[str, Any]] = []
+    calls: list[Calls] = []
     for config in CUDA_CONFIGS if options.device == "cuda" else CPU_CONFIGS:
         torch._dynamo.reset()
-        rows += run(config, options.device, dtype)
+        more_rows, more_calls = run(config, options.device, dtype, options.rounds)
+        rows, calls = rows + more_rows, calls + more_calls
+        saved = save(f"attention-{options.device}", options.device, rows, options.output)
+    if options.device == "cuda":
+        # All times first: once there was a profiler in a process, its launches take longer.
+        for row, each in zip(rows, calls):
+            row["forward_device_ms"], row["forward_backward_device_ms"] = each.each(device_ms)
         saved = save(f"attention-{options.device}", options.device, rows, options.output)
     show(rows)
     print("wrote", saved)

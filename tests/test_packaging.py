@@ -52,7 +52,7 @@ def test_torch_is_pinned_for_development_and_not_for_users() -> None:
     assert PROJECT["project"]["dependencies"] == ["torch>=2.11"]
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
     needed = {
-        re.split(r"[\[<>=]", requirement)[0].lower()
+        re.split(r"[\[<>=;]", requirement)[0].lower()
         for extra in ("test", "dev", "demo", "bench")
         for requirement in PROJECT["project"]["optional-dependencies"][extra]
     }
