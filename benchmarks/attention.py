@@ -188,6 +188,7 @@ def run(config: Config, device: str, dtype: torch.dtype, rounds: int) -> tuple[l
                 "forward_backward_tflops": 3.5 * flops / backward / 1e9,
                 "forward_speedup": base_forward / forward,
                 "forward_backward_speedup": base_backward / backward,
+                "forward_ms_of_rounds": [round(ms, 4) for ms, _ in times[name]],
                 "forward_backward_ms_of_rounds": [round(ms, 4) for _, ms in times[name]],
             }
         )
@@ -198,6 +199,8 @@ def run(config: Config, device: str, dtype: torch.dtype, rounds: int) -> tuple[l
 
 def device_ms(call: Callable[[], Any], repeat: int = 10) -> float:
     """The time that kernels run during one call."""
+    call()  # what was compiled may have been forgotten since
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeat):
             call()
