@@ -147,13 +147,15 @@ class PackedProgram:
         return all(counts) and sum(counts) <= self.max_density * pending.positions
 
     def _worth_it_before(self, pending: _Pending) -> bool:
-        """Whether the batch before was worth packing, though nobody waited to know; ``pending`` is the next one's turn."""
+        """Whether the batch before was worth packing, though nobody waited to know. If not, ``pending`` is the next such."""
         try:
-            before = self._before.popleft()  # by one thread only
+            before = self._before.popleft()  # by one thread only, for its counts are asked for once
         except IndexError:
             before = None
+        if before is not None and self._worth_it(before, before.counts()):
+            return True
         self._before.append(pending)
-        return before is not None and self._worth_it(before, before.counts())
+        return False
 
     def _rows(self, pending: Sequence[packing.PendingPlan], counts: Sequence[int], args: Sequence[Any]) -> list[int]:
         """How many rows each domain is packed into.

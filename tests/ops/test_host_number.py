@@ -50,3 +50,12 @@ def test_one_that_was_not_read_is_never_used_again() -> None:
 def test_a_kernel_that_never_writes_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="a kernel on cpu was to write a number"):
         host_number.take().wait(CPU)
+
+
+def test_it_is_read_once() -> None:
+    """By then it may be another's."""
+    number = host_number.take()
+    number.memory.fill_(3)
+    number.wait(CPU)
+    with pytest.raises(RuntimeError, match="read already"):
+        number.wait(CPU)

@@ -236,16 +236,18 @@ def test_after_dense_batches_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> No
     """A batch then runs padded until one that was worth packing was seen; from there on it is as at first."""
     monkeypatch.setattr(runtime, "LOOKS_BACK_ON", ("cpu",))
     monkeypatch.setattr(runtime, "PATIENCE", 2)
-    asked: list[int] = []
+    asked: list[runtime._Pending] = []
     counts = runtime._Pending.counts
-    monkeypatch.setattr(runtime._Pending, "counts", lambda self: (asked.append(self.positions), counts(self))[1])
+    monkeypatch.setattr(runtime._Pending, "counts", lambda self: (asked.append(self), counts(self))[1])
     with packing(inner="eager"), torch.no_grad():
         compiled = compile_(Blocks().eval())
         assert run_in_turn(compiled, DENSE, SPARSE, DENSE, DENSE) == ["padded", "packed", "padded", "padded"]
-        asked.clear()
-        assert run_in_turn(compiled, DENSE) == ["padded"] and not asked
+        before = len(asked)
+        assert run_in_turn(compiled, DENSE) == ["padded"] and len(asked) == before
         assert run_in_turn(compiled, SPARSE) == ["padded"], "nobody has looked yet"
         assert run_in_turn(compiled, SPARSE, DENSE, SPARSE) == ["packed", "padded", "packed"]
+        assert run_in_turn(compiled, DENSE, DENSE, DENSE, DENSE, SPARSE) == ["padded"] * 5
+    assert len(set(map(id, asked))) == len(asked), "what a kernel gives the host is read once"
 
 
 @pytest.mark.parametrize("why", ["gradients", "random numbers"])

@@ -29,16 +29,20 @@ class HostNumber:
         self.memory = memory
         """(1,), int64: what the kernel is given."""
         self._cell = ctypes.c_int64.from_address(memory.data_ptr())
+        self._taken = False
 
-    def reset(self) -> None:
+    def begin(self) -> None:
         self._cell.value = UNWRITTEN
+        self._taken = True
 
     def wait(self, device: torch.device) -> int:
         """The number, once the kernel that was launched on ``device`` has written it. To be called once.
 
         Raises:
-            RuntimeError: all kernels that were launched there are over, and none has written it.
+            RuntimeError: all kernels that were launched there are over, and none has written it; or it was read already.
         """
+        if not self._taken:
+            raise RuntimeError("this number was read already, and may be another's by now")
         cell = self._cell
         for _ in range(_LOOKS):
             if cell.value != UNWRITTEN:
@@ -51,6 +55,7 @@ class HostNumber:
         number = cell.value
         if number == UNWRITTEN:
             raise RuntimeError(f"a kernel on {device} was to write a number for the host; all are over, and none has")
+        self._taken = False
         _free.append(self)
         return number
 
@@ -69,5 +74,5 @@ def take() -> HostNumber:
         _pieces.append(piece)
         number, *others = [HostNumber(memory) for memory in piece.split(1)]
         _free.extend(others)
-    number.reset()
+    number.begin()
     return number
