@@ -6,7 +6,8 @@ hundred of them, and where the host is slow it waits for the host. (On one H100,
 backward were launched in 9.2 instead of 10.5 ms, by a script that is not kept.)
 
 And every call compares the sizes and strides of all its inputs, some hundred parameters among them, with those it was compiled for
-(up to 2.11 before the first kernel is launched). The guards of the compile around a packed graph have just done that.
+(up to 2.11 before the first kernel is launched). The guards of the compile around a packed graph have just done that for a forward.
+A backward goes on comparing: what was saved for it may have passed through hooks, of which no guard knows.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class QuickLaunches:
             try:
                 for module in _compat_inductor.generated_modules()[self._loaded_before :]:
                     _compat_inductor.launch_quickly(module)
-                    if _compat_inductor.calls_varlen_attention(module) or any(module in f.modules for f in self._functions):
+                    if any(module in f.modules for f in self._functions) and not _compat_inductor.is_backward(module):
                         _compat_inductor.trust_inputs(module)
             except Exception:  # names of Inductor's that have moved: code then runs as it is
                 self._failed = True

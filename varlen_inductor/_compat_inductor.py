@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -228,9 +229,13 @@ def launch_quickly(module: ModuleType) -> int:
     return done
 
 
-def calls_varlen_attention(module: ModuleType) -> bool:
-    """Whether a module of generated code calls what `lower_to_call` gave it to call: it then belongs to a graph of ours."""
-    return any(name.startswith("varlen_inductor_") for name in vars(module))
+def is_backward(module: ModuleType) -> bool:
+    """Whether a module of generated code is that of a backward, or cannot be told from one: AOTAutograd names what it is given
+    ``tangents_1`` and so on. Read in 2.11, 2.13."""
+    try:
+        return "tangents_" in Path(str(module.__file__)).read_text()
+    except OSError:
+        return True
 
 
 def trust_inputs(module: ModuleType) -> None:

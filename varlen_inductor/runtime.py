@@ -132,6 +132,9 @@ class PackedProgram:
         if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
+        if masks[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            # A graph of the user's own: nothing can be found out now, and its replays would write into a number of somebody else's.
+            return None
         pending = _Pending(masks, flags, self.round_tokens, positions)
         if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
             return None
@@ -199,7 +202,7 @@ class _Pending:
         """The valid positions of each domain; waits for the device, once. To be called once."""
         found: list[Any] = [plan.count for plan in self.plans]
         if self._on_host:
-            return [number.wait(self._device) for number in found]
+            return [plan.count.wait(plan.mask.device) for plan in self.plans]  # type: ignore[union-attr]
         return (found[0] if len(found) == 1 else torch.cat(found)).tolist()  # type: ignore[no-any-return]
 
 

@@ -59,3 +59,9 @@ def test_it_is_read_once() -> None:
     number.wait(CPU)
     with pytest.raises(RuntimeError, match="read already"):
         number.wait(CPU)
+
+
+def test_a_default_device_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_number, "_free", type(host_number._free)())
+    with torch.device("meta"):
+        assert host_number.take().memory.device == CPU

@@ -70,7 +70,8 @@ def take() -> HostNumber:
     try:
         number = _free.popleft()
     except IndexError:
-        piece = torch.zeros(_IN_A_PIECE, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        # By name, for a default device may be set.
+        piece = torch.zeros(_IN_A_PIECE, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
         _pieces.append(piece)
         number, *others = [HostNumber(memory) for memory in piece.split(1)]
         _free.extend(others)
