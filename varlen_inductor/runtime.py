@@ -191,18 +191,17 @@ class _Pending:
 
     def __init__(self, masks: Sequence[Tensor], flags: Sequence[Tensor], round_tokens: int, positions: int) -> None:
         self.positions = positions
-        self._device = masks[0].device
         self._on_host = all(map(plan_kernels.available, masks))
-        flag = functools.reduce(operator.mul, flags).to(self._device) if flags else None
+        flag = functools.reduce(operator.mul, flags).to(masks[0].device) if flags else None
         self.plans = [
             packing.PendingPlan(mask, round_tokens, self._on_host, flag if i == 0 else None) for i, mask in enumerate(masks)
         ]
 
     def counts(self) -> list[int]:
         """The valid positions of each domain; waits for the device, once. To be called once."""
-        found: list[Any] = [plan.count for plan in self.plans]
         if self._on_host:
             return [plan.count.wait(plan.mask.device) for plan in self.plans]  # type: ignore[union-attr]
+        found: list[Any] = [plan.count for plan in self.plans]
         return (found[0] if len(found) == 1 else torch.cat(found)).tolist()  # type: ignore[no-any-return]
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
-from varlen_inductor.ops.backends.launch import Launcher
+from varlen_inductor.ops.backends.launch import Launcher, stream_of
 from varlen_inductor.ops.host_number import HostNumber
 
 try:
@@ -64,9 +63,9 @@ def plan(
     if not alone:
         _launch_count(grid, key, mask, rows, length, batch, _BLOCK)
     numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), round_to != 0, alone, flag is not None)
-    if device >= 0 and device == torch.cuda.current_device():
+    stream = stream_of(device)
+    if stream is not None:
         # Until this is launched the host has nothing else to do: addresses are given, about which Triton asks nothing.
-        stream = _compat.current_stream_pointer(device)
         made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at, flag_at)
         if _launch_fill.again(grid, key, stream, at, rows.data_ptr(), *made_at, *numbers):
             return index, inverse, cu_seqlens, made

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch_stand_in import STREAM, Compiled
 from torch import Tensor
 
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
@@ -35,7 +36,6 @@ def memory(pointer: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 WORKSPACE = 100
-STREAM = 40
 
 
 class StandIn:
@@ -364,27 +364,6 @@ def test_places() -> None:
 
 def test_finish() -> None:
     check_finish()
-
-
-class Compiled:
-    """A kernel as Triton compiles one, for `Launcher`: notes what it is launched with."""
-
-    function, packed_metadata = 7, (4, 1, 0)
-
-    def __init__(self, kernel: Any, log: list[Any]) -> None:
-        self.kernel, self.log = kernel, log
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any) -> Compiled:
-            self.log.append((self.kernel, grid, STREAM, tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in args)))
-            return self
-
-        return launch
-
-    def run(self, *args: Any) -> None:
-        grid, stream, args = args[:3], args[3], args[9:]
-        assert not any(isinstance(x, Tensor) for x in args)
-        self.log.append((self.kernel, grid, stream, args))
 
 
 @pytest.mark.usefixtures("on_the_cpu")

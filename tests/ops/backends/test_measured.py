@@ -69,7 +69,7 @@ def test_the_host_counts(table: dict[str, Any]) -> None:
     assert order()[0] == "triton"
 
 
-def test_the_host_counts_less_in_eager_code(table: dict[str, Any]) -> None:
+def test_the_host_counts_less_outside_of_packed_graphs(table: dict[str, Any]) -> None:
     table["host_us"] = {"aten_flash": {"forward": 20.0}, "triton": {"forward": 0.0}}  # kernels: 120 and 130
     assert order(tails_unread=True)[0] == "triton"
     assert order()[0] == "aten_flash"

@@ -107,6 +107,13 @@ def _hooked() -> bool:
     return bool((enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)))
 
 
+def stream_of(index: int) -> int | None:
+    """The current stream of device ``index``, as a number, if that is the current device: `Launcher.again` asks for both."""
+    if index < 0 or index != torch.cuda.current_device():
+        return None
+    return _compat.current_stream_pointer(index)
+
+
 def kind(number: int) -> int:
     """What Triton makes a difference by in a number: whether it is 1, a multiple of 16, and fits 32 bits."""
     if number == 1:

@@ -2,10 +2,11 @@
 
 ``measured.json`` is written by ``benchmarks/kernels.py``. For each compute capability it has rows of times, forward and backward,
 of every backend that could run a shape; a problem is answered by the row most like it. What counts is the time of the kernel and,
-added to it, the time that its call takes the host. In compiled graphs that is all of it: packed steps of short sequences are bound
-by the host, and with long ones the kernel is so much the larger that nothing changes. A call from eager code counts it less
-(``EAGER_HOST``): there the host has usually got ahead. It is larger there (``"forward, tails"``), for rows behind the last sequence
-matter, and some kernels need help with them. Whatever was not measured comes after what was, in the order of the list.
+added to it, the time that its call takes the host. In packed graphs that is all of it: packed steps of short sequences are bound
+by the host, and with long ones the kernel is so much the larger that nothing changes. Calls outside of
+packed graphs, from eager code or a model that calls varlen attention itself, count it less (``UNPACKED_HOST``): there the host has
+usually got ahead. It is larger there (``"forward, tails"``), for rows behind the last sequence matter, and some kernels need help
+with them. Whatever was not measured comes after what was, in the order of the list.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Problem
 
 TABLE = Path(__file__).with_name("measured.json")
-EAGER_HOST = 0.25
-"""The weight of the host's time in eager code. In a row of calls on a H200 (benchmarks/attention.py: 64 sequences of up to 512
-tokens, 12 heads of 64) cuDNN's forward took 115 us and Triton's 126, though cuDNN's call takes the host twice as long."""
+UNPACKED_HOST = 0.25
+"""The weight of the host's time outside of packed graphs. In a row of calls on a H200 (benchmarks/attention.py: 64 sequences of up
+to 512 tokens, 12 heads of 64) cuDNN's forward took 115 us and Triton's 126, though cuDNN's call takes the host twice as long."""
 UNKNOWN_LENGTH = 512
 """What a bound of the lengths is taken for when it is a symbol."""
 
@@ -66,4 +67,4 @@ def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any],
     hosts: dict[str, float] = table["host_us"].get(name, {})
     host = hosts.get(direction, 0.0)
     kernel: float = row[f"{direction}_us"].get(name, math.inf)
-    return kernel + (host if tails_unread else hosts.get(f"{direction}, tails", host) * EAGER_HOST)
+    return kernel + (host if tails_unread else hosts.get(f"{direction}, tails", host) * UNPACKED_HOST)

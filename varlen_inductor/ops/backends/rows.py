@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
-from varlen_inductor.ops.backends.launch import Launcher, kind
+from varlen_inductor.ops.backends.launch import Launcher, kind, stream_of
 
 try:
     import triton
@@ -91,13 +90,6 @@ def places_of(grads: tuple[Tensor, Tensor, Tensor]) -> tuple[tuple[int, int, int
 def last_address(ends: Tensor) -> int:
     """Of the last of the offsets ``ends`` (N + 1,), int32, in any strides: a kernel that is given it need not know how many are."""
     return ends.data_ptr() + 4 * (ends.numel() - 1) * ends.stride(0)
-
-
-def stream_of(index: int) -> int | None:
-    """The current stream of device ``index``, as a number, if that is the current device: `Launcher.again` asks for both."""
-    if index < 0 or index != torch.cuda.current_device():
-        return None
-    return _compat.current_stream_pointer(index)
 
 
 def _with_triton(x: Tensor) -> bool:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.launch import Launcher, kind
+from varlen_inductor.ops.backends.launch import Launcher, kind, stream_of
 from varlen_inductor.ops.backends.rows import BLOCK as BLOCK_ROWS
-from varlen_inductor.ops.backends.rows import BLOCK_LSE, finish_backward, finish_forward, last_address, places_of, stream_of
+from varlen_inductor.ops.backends.rows import BLOCK_LSE, finish_backward, finish_forward, last_address, places_of
 from varlen_inductor.ops.problem import Layout
 
 try:
