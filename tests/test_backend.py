@@ -244,11 +244,15 @@ def test_reset_forgets_reports() -> None:
     assert not report.recent()
 
 
-def test_packed_graphs_launch_fewer_kernels() -> None:
-    """Unless CUDA graphs are recorded, or the user has said otherwise."""
+def test_settings_for_packed_graphs() -> None:
+    """Unless the user has said otherwise."""
     from varlen_inductor.backend import InnerCompiler
 
-    setting = "triton.mix_order_reduction"
-    assert InnerCompiler({})._fewer_launches().options == {setting: False}
-    for options in ({setting: True}, {"triton.cudagraphs": True}):
-        assert InnerCompiler(options)._fewer_launches().options == options
+    mixed, tried = "triton.mix_order_reduction", "triton.autotune_pointwise"
+    assert InnerCompiler({})._for_packed_graphs().options == {mixed: False, tried: False}
+    assert InnerCompiler({mixed: True})._for_packed_graphs().options == {mixed: True, tried: False}
+    assert InnerCompiler({tried: True, "shape_padding": False})._for_packed_graphs().options == {
+        mixed: False,
+        tried: True,
+        "shape_padding": False,
+    }
