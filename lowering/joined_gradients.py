@@ -50,7 +50,7 @@ def join_gradients(graph: fx.Graph) -> int:
 
 
 def join_summed_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
-    """Rewrite ``graph`` in place as `join_gradients` does, where all three gradients are summed; how many attentions were joined."""
+    """Rewrite ``graph`` in place as `join_gradients` does, where all three gradients are summed; how many attentions that were."""
     if _compat_inductor.compiles_ahead_of_time():
         return 0
     joined = 0
@@ -73,7 +73,9 @@ def _row_sums_of(attention: fx.Node) -> list[fx.Node] | None:
             return None
         place: Any = gradient.args[1]
         for node in (gradient, *(user for user in gradient.users if calls(user, *_VIEWS))):
-            found |= {place: user for user in node.users if _sums_rows(user, gradient)}
+            for user in node.users:
+                if _sums_rows(user, gradient):
+                    found[place] = user
     if sorted(found) != [0, 1, 2] or len({node.meta["val"].dtype for node in found.values()}) != 1:
         return None
     return [found[place] for place in range(3)]

@@ -27,8 +27,8 @@ _SETTINGS_FOR_PACKED_GRAPHS = {
     "triton.mix_order_reduction": False,
     # Of a pointwise kernel Inductor tries two configurations. What it finds is no measure where the kernel works in place: each
     # try then includes a copy of its operand, from the host's memory if the device's was never so full before. So the second was
-    # taken for GELU in inference, at 58.8 us instead of 40.7. Of the kernels timed without such a copy it was the faster one for
-    # none by more than 5%. The first is what Inductor takes when it does not try ("max-autotune" tries in any case).
+    # taken for GELU in inference, at 58.8 us instead of 40.7. Of the kernels timed without such a copy, and for more than 30 us, it
+    # was the faster one for none. The first is what Inductor takes when it does not try ("max-autotune" tries in any case).
     "triton.autotune_pointwise": False,
 }
 """Measured with benchmarks/model.py's encoder, B 32, S 512, on a H200, torch 2.11, by a script that is not kept."""
