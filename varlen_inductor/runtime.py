@@ -9,6 +9,7 @@ runs, exactly as the user wrote it.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import traceback
 from collections import deque
@@ -30,6 +31,17 @@ PATIENCE = 8
 """After so many batches in a row that were not worth packing, the next is taken for another such."""
 LOOKS_BACK_ON = ("cuda",)
 """Devices that the host waits for."""
+
+
+_MOST_KEYS = 1024
+_UNCOMPILED = (
+    "varlen_inductor: a CUDA graph is being recorded around a packed model. How many tokens a batch has cannot be found out there, "
+    "so it runs padded; and as it never ran padded before, what is recorded are PyTorch's own operators, not compiled code. "
+    'Compile it with options={"varlen.packing": "attention"}, which waits for nothing and can be recorded, or with '
+    'mode="reduce-overhead", which records graphs by itself.'
+)
+
+_log = logging.getLogger("varlen_inductor")
 
 
 class PackedProgram:
@@ -74,7 +86,9 @@ class PackedProgram:
         self.broken = False
         self.too_small = False
         self.body = inner.nested(_with_whole_chunks(body, domains, self.round_tokens), dynamic=dynamic, packed=True)
-        self.padded = inner.nested(_as_function(padded), dynamic=dynamic)
+        self._padded_as_given = _as_function(padded)
+        self.padded = inner.nested(self._padded_as_given, dynamic=dynamic)
+        self._ran_padded: set[tuple[Any, ...]] = set()
         self.launches = QuickLaunches((self.body, self.padded))
         # Where random numbers are drawn, the two bodies draw different ones, and a step that is computed again (checkpointing)
         # must draw the same.
@@ -109,7 +123,16 @@ class PackedProgram:
 
     def _padded_step(self, args: Sequence[Any]) -> Any:
         _compat.counters()["padded_steps"] += 1
-        result = self.padded(*args, key=self._known_by(args))
+        key = self._known_by(args)
+        if key not in self._ran_padded:
+            if _records_users_graph():
+                # To compile and tune kernels is not allowed now. What is recorded here runs as often as its owner likes.
+                _log.warning(_UNCOMPILED)
+                return self._padded_as_given(*args)
+            if len(self._ran_padded) >= _MOST_KEYS:
+                self._ran_padded.clear()
+        result = self.padded(*args, key=key)
+        self._ran_padded.add(key)
         self.launches.called()
         return result
 
@@ -132,8 +155,8 @@ class PackedProgram:
         if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
-        if masks[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            # A graph of the user's own: nothing can be found out now, and its replays would write into a number of somebody else's.
+        if _records_users_graph():
+            # Nothing can be found out now, and its replays would write into a number of somebody else's.
             return None
         pending = _Pending(masks, flags, self.round_tokens, positions)
         if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
@@ -203,6 +226,11 @@ class _Pending:
             return [plan.count.wait(plan.mask.device) for plan in self.plans]  # type: ignore[union-attr]
         found: list[Any] = [plan.count for plan in self.plans]
         return (found[0] if len(found) == 1 else torch.cat(found)).tolist()  # type: ignore[no-any-return]
+
+
+def _records_users_graph() -> bool:
+    """Whether a CUDA graph is being recorded that is not Inductor's: in those, we are not called."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:

@@ -118,6 +118,32 @@ def test_graphs_are_recorded_once(packing: str, train: bool, monkeypatch: pytest
     assert packing == "attention" or steps() == (12, 0)
 
 
+@pytest.mark.parametrize("before", ["packed", "padded", "attention"])
+def test_a_graph_of_the_users_own(before: str) -> None:
+    """What it records is right for all data, whatever ran before."""
+    torch.manual_seed(0)
+    model = Encoder().to(DEVICE, torch.bfloat16)
+    compiled = torch.compile(model, backend=backend)
+    with config.patch(packing="attention" if before == "attention" else "model"), torch.no_grad():
+        x, valid = batch([LENGTH] * 4 if before == "padded" else LENGTHS[0])
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            for _ in range(3):
+                compiled(x, valid)
+                model(x, valid)
+        torch.cuda.current_stream().wait_stream(other)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = compiled(x, valid)
+        for lengths in LENGTHS:
+            fresh = batch(lengths)
+            x.copy_(fresh[0])
+            valid.copy_(fresh[1])
+            graph.replay()
+            assert error(found[valid], model(x, valid)[valid]) < 2e-2
+
+
 @pytest.mark.parametrize("packing", ["model", "attention"])
 def test_replays_draw_new_dropout(packing: str) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -302,6 +303,30 @@ def test_a_size_that_is_too_small_is_looked_at_once(monkeypatch: pytest.MonkeyPa
                 compiled(**feature_batch(lengths))
         assert len(plans) == looks
     assert steps() == (0, 6)
+
+
+@TRAIN
+def test_recorded_by_the_user(train: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Inside of a CUDA graph nothing is found out about the data, nothing packed, and nothing compiled."""
+    run = Pair(Blocks())
+    run.train(train)
+    monkeypatch.setattr(logging.getLogger("varlen_inductor"), "propagate", True)
+    recording = False
+    monkeypatch.setattr(runtime, "_records_users_graph", lambda: recording)
+    with packing(), torch.set_grad_enabled(train):
+        run(feature_batch(LENGTHS[0]))
+        compiled, recording = graphs_compiled(), True
+        for lengths in LENGTHS:
+            run(feature_batch(lengths))
+        assert graphs_compiled() == compiled
+        assert steps() == (1, len(LENGTHS))
+        assert caplog.text.count("a CUDA graph is being recorded") == len(LENGTHS)
+        recording = False
+        run(feature_batch([S] * B))
+        assert graphs_compiled() > compiled
+        recording = True
+        run(feature_batch(LENGTHS[1]))
+        assert caplog.text.count("a CUDA graph is being recorded") == len(LENGTHS)
 
 
 @TRAIN
