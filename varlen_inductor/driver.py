@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat, _compat_inductor, config, report, runtime
-from varlen_inductor.patterns import align, demand, facts, join_projections, oprules, recompute, regions, upstream_varlen, worth
+from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, worth
 from varlen_inductor.patterns import builder as packing
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
@@ -354,7 +354,6 @@ def _rewrite_once(
         _plans_in_graph(build, sites.gm.graph, domains, _stays_in_place(choice))
     built = build.build()
     if mode == "model":
-        join_projections.join_projections(built)
         align.align_wide_linears(built)
     body = recompute.regroup(built)
     min_positions = 0
