@@ -10,14 +10,13 @@ import logging
 from torch import fx
 
 from varlen_inductor import config
-from varlen_inductor.lowering.joined_gradients import join_gradients, join_summed_gradients
+from varlen_inductor.lowering.joined_gradients import join_gradients
 from varlen_inductor.lowering.row_sums import split_row_sums
 
 _log = logging.getLogger("varlen_inductor")
 
 PASSES = (
     join_gradients,  # makes the copy go away whose rows are then summed
-    join_summed_gradients,
     split_row_sums,
 )
 

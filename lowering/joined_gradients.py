@@ -1,4 +1,4 @@
-"""Gradients of query, key and value side by side in one tensor, written there by the kernel.
+"""Gradients of query, key and value that one projection made, written where its gradient wants them.
 
 Where a model projects to query, key and value at once, its backward puts their three gradients side by side in one tensor: a copy
 of all of them (26.8 us beside 135 us for the attention's backward: a profile of benchmarks/model.py's B 32, S 512 on one H100, by a
@@ -7,14 +7,6 @@ script that is not kept). Kernels that write to rows with any step between them 
     before                                                        after
     %g = varlen_attn_backward(...)                                %j = varlen_attn_backward_joined(...)    # (T, 3 * H * D)
     %c = cat([%g[0], %g[1], %g[2]], 1)    # (T, 3 * H, D)         %c = reshape(%j, [-1, 3 * H, D])
-
-Where it has three projections with biases, each of the three gradients is summed over its rows, which is one kernel each that runs
-for 4 us and takes the host longer to launch (a profile of Hugging Face's BERT in benchmarks/model.py on a H200; as above). Side by
-side they are summed by one.
-
-    %g = varlen_attn_backward(...)                                %j = varlen_attn_backward_joined(...)
-    %q, %k, %v = sum(%g[0], [0]), ...     # (H * D,) each         %s = sum(%j, [0])                        # (3 * H * D,)
-                                                                  %q, %k, %v = %s[:H * D], ...
 """
 
 from __future__ import annotations
@@ -40,56 +32,12 @@ def join_gradients(graph: fx.Graph) -> int:
     if _compat_inductor.compiles_ahead_of_time():
         return 0
     joined = 0
-    # Those first: side by side they save more.
     for cat in list(graph.find_nodes(op="call_function", target=aten.cat.default)):
         attention = _attention_of(cat)
         if attention is not None and _may_be_columns(attention) and _writes_in_place(attention):
             _join_into(attention, cat)
             joined += 1
     return joined
-
-
-def join_summed_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
-    """Rewrite ``graph`` in place as `join_gradients` does, where all three gradients are summed; how many attentions that were."""
-    if _compat_inductor.compiles_ahead_of_time():
-        return 0
-    joined = 0
-    for attention in list(graph.find_nodes(op="call_function", target=_ops.varlen_attn_backward.default)):
-        query = tensor(attention.args[5])
-        if query is None or query.device.type != device_type:
-            continue
-        sums = _row_sums_of(attention)
-        if sums is not None and _may_be_columns(attention) and _writes_in_place(attention):
-            _join_sums(attention, sums)
-            joined += 1
-    return joined
-
-
-def _row_sums_of(attention: fx.Node) -> list[fx.Node] | None:
-    """The sums over the rows of query's, key's and value's gradient, if each has one and all are of one dtype."""
-    found: dict[int, fx.Node] = {}
-    for gradient in attention.users:
-        if gradient.target is not operator.getitem:
-            return None
-        place: Any = gradient.args[1]
-        for node in (gradient, *(user for user in gradient.users if calls(user, *_VIEWS))):
-            for user in node.users:
-                if _sums_rows(user, gradient):
-                    found[place] = user
-    if sorted(found) != [0, 1, 2] or len({node.meta["val"].dtype for node in found.values()}) != 1:
-        return None
-    return [found[place] for place in range(3)]
-
-
-def _sums_rows(node: fx.Node, gradient: fx.Node) -> bool:
-    """Whether ``node`` is the sum over the rows of ``gradient`` (T, ...), of which it reads a view."""
-    if node.target is not aten.sum.dim_IntList:
-        return False
-    given = arguments(node)
-    rows = tensor(given["self"])
-    if rows is None or not same_size(rows.shape[0], gradient.meta["val"].shape[0]):
-        return False
-    return [d % rows.dim() for d in given["dim"] or ()] == [0]
 
 
 def _attention_of(cat: fx.Node) -> fx.Node | None:
@@ -192,19 +140,3 @@ def _join_into(attention: fx.Node, cat: fx.Node) -> None:
             above: Any = at.args[0]
             graph.erase_node(at)
             at = above
-
-
-def _join_sums(attention: fx.Node, sums: list[fx.Node]) -> None:
-    """Join the gradients, and replace their sums by slices of the sum of all."""
-    widths, dtype = _widths(attention), sums[0].meta["val"].dtype
-    joined = _join(attention)
-    graph = joined.graph
-    with graph.inserting_after(joined):
-        total = call_like(sums[0], aten.sum.dim_IntList, joined, [0], dtype=dtype)
-    for place, node in enumerate(sums):
-        start = sum(widths[:place])
-        with graph.inserting_before(node):
-            own = call_like(node, aten.slice.Tensor, total, 0, start, start + widths[place])
-            own = call_like(node, aten.view.default, own, list(node.meta["val"].shape))
-        node.replace_all_uses_with(own)
-        graph.erase_node(node)

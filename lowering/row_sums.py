@@ -119,7 +119,7 @@ def _up_to_the_output(node: fx.Node) -> list[fx.Node] | None:
         user = stack.pop()
         if user.op == "output" or user in found:
             continue
-        if user.target not in (*_THROUGH, aten.slice.Tensor) or len(user.all_input_nodes) != 1:
+        if user.target not in _THROUGH or len(user.all_input_nodes) != 1:
             return None
         found[user] = None
         stack.extend(user.users)

@@ -15,7 +15,7 @@ import varlen_inductor
 from varlen_inductor import config
 from varlen_inductor.backend import varlen_inductor as backend
 from varlen_inductor.lowering import joined_gradients
-from varlen_inductor.lowering.joined_gradients import join_gradients, join_summed_gradients
+from varlen_inductor.lowering.joined_gradients import join_gradients
 
 ops = torch.ops.varlen_inductor
 T, H, D = 12, 2, 4
@@ -97,71 +97,6 @@ def test_not_by_a_kernel_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(joined_gradients, "choose", lambda *args, **kwargs: Choice)
     check(*backward_graph(JOINED["columns"]), joined=False)
-
-
-def check_sums(gm: fx.GraphModule, operands: list[Tensor], joined: bool) -> None:
-    before, wanted = sums(gm), gm(*operands)
-    assert join_summed_gradients(gm.graph, "cpu") == joined
-    gm.graph.lint()
-    gm.recompile()
-    targets = [node.target for node in gm.graph.nodes]
-    assert (ops.varlen_attn_backward_joined.default in targets) == joined
-    assert sums(gm) == (before - 2 if joined else before)
-    torch.testing.assert_close(gm(*operands), wanted)
-    for found, node in zip(gm(*operands), gm.graph.output_node().args[0], strict=True):
-        assert (found.dtype, found.shape) == (node.meta["val"].dtype, node.meta["val"].shape)
-
-
-def sums(gm: fx.GraphModule) -> int:
-    return len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList))
-
-
-def projected(gradient: Tensor, dim: int = 0, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a projection's operand, weight and bias, near enough."""
-    rows = gradient.reshape(gradient.shape[0], -1)
-    return rows @ rows.T, rows.T @ (rows * 2), rows.sum([dim], **options)
-
-
-def every(of: Callable[[Tensor], tuple[Tensor, ...]], gradients: Gradients) -> tuple[Tensor, ...]:
-    return tuple(x for gradient in gradients for x in of(gradient))
-
-
-SUMMED: dict[str, Callable[[Gradients], Any]] = {
-    "three biases": lambda g: every(projected, g),
-    "with their dim": lambda g: every(lambda x: projected(x, keepdim=True), g),
-    "by heads": lambda g: every(lambda x: (x.sum([0]), x * 3), g),
-    "not all of one shape": lambda g: (g[0].sum([0]), g[1].reshape(T, -1).sum([-2]), g[2].reshape(T, 1, -1).sum([0])),
-    "in another dtype": lambda g: every(lambda x: projected(x, dtype=torch.float32), g),
-    "twice, once by columns": lambda g: every(lambda x: (x.sum([0]), x.sum([1])), g),
-}
-NOT_SUMMED: dict[str, Callable[[Gradients], Any]] = {
-    "two biases": lambda g: (*projected(g[0]), *projected(g[1]), g[2] * 2),
-    "one in another dtype": lambda g: (*projected(g[0]), *projected(g[1]), *projected(g[2], dtype=torch.float32)),
-    "by columns": lambda g: every(lambda x: projected(x, dim=1), g),
-    "rows folded": lambda g: every(lambda x: (x.reshape(T // 2, -1).sum([0]),), g),
-    "something between": lambda g: every(lambda x: ((x * 2).sum([0]),), g),
-    "one is a result": lambda g: (*every(projected, g), g[0]),
-    "one is read by an operator that may ask for strides": lambda g: (*every(projected, g), g[1].cumsum(0)),
-}
-
-
-@pytest.mark.parametrize("case", SUMMED)
-def test_sums_are_joined(case: str) -> None:
-    check_sums(*backward_graph(SUMMED[case]), joined=True)
-
-
-@pytest.mark.parametrize("case", NOT_SUMMED)
-def test_sums_stay_apart(case: str) -> None:
-    check_sums(*backward_graph(NOT_SUMMED[case]), joined=False)
-
-
-def test_sums_of_shared_heads_and_another_width_of_values() -> None:
-    check_sums(*backward_graph(SUMMED["three biases"], heads_k=1, dim_v=8), joined=True)
-
-
-def test_sums_stay_on_another_device() -> None:
-    gm, _ = backward_graph(SUMMED["three biases"])
-    assert join_summed_gradients(gm.graph) == 0
 
 
 class Encoder(nn.Module):
