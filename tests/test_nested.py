@@ -139,7 +139,7 @@ def test_a_failure_leaves_nothing_behind(backend: Counting) -> None:
 
 
 def test_too_many_keys_are_forgotten(backend: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nested, "_MOST_ROUTES", 2)
+    monkeypatch.setattr(nested, "MOST_KEYS", 2)
     program = nested.Nested(lambda x: (x + 1,), backend, None)
     for key in "abc":
         program(torch.ones(2), key=key)

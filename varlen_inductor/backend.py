@@ -89,7 +89,7 @@ class InnerCompiler:
         Args:
             fn: a plain function. GraphModules that it closes over are generated first: Dynamo would skip a lazy one.
             dynamic: overrides what the user gave to ``torch.compile``.
-            packed: whether its graph is a packed one, which the host has trouble launching as fast as the device runs it.
+            packed: whether its graph is a packed one, for which some of Inductor's settings are others.
 
         Raises:
             TypeError: ``fn`` is not a plain Python function.

@@ -18,8 +18,8 @@ import torch
 
 from varlen_inductor import _compat, _compat_inductor
 
-_MOST_ROUTES = 1024
-"""How many keys are remembered; then all are forgotten."""
+MOST_KEYS = 1024
+"""So many calls are told apart; then all are forgotten."""
 
 
 class Nested:
@@ -64,7 +64,7 @@ class Nested:
         finally:
             self._running.calls = None
         if key is not None and (found := _route(calls, args, result)) is not None:
-            if len(self._routes) >= _MOST_ROUTES:
+            if len(self._routes) >= MOST_KEYS:
                 self._routes.clear()
             self._routes[key] = found
         return result

@@ -13,7 +13,7 @@ import logging
 import operator
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from varlen_inductor import _compat, config, report
 from varlen_inductor.lowering.quick_launches import QuickLaunches
+from varlen_inductor.nested import MOST_KEYS
 from varlen_inductor.ops import packing, plan_kernels
 from varlen_inductor.patterns import nodes
 
@@ -32,8 +33,6 @@ PATIENCE = 8
 LOOKS_BACK_ON = ("cuda",)
 """Devices that the host waits for."""
 
-
-_MOST_KEYS = 1024
 _UNCOMPILED = (
     "varlen_inductor: a CUDA graph is being recorded around a packed model. How many tokens a batch has cannot be found out there, "
     "so it runs padded; and as it never ran padded before, what is recorded are PyTorch's own operators, not compiled code. "
@@ -125,11 +124,11 @@ class PackedProgram:
         _compat.counters()["padded_steps"] += 1
         key = self._known_by(args)
         if key not in self._ran_padded:
-            if _records_users_graph():
+            if _records_users_graph(x.device for x in args if isinstance(x, Tensor)):
                 # To compile and tune kernels is not allowed now. What is recorded here runs as often as its owner likes.
                 _log.warning(_UNCOMPILED)
                 return self._padded_as_given(*args)
-            if len(self._ran_padded) >= _MOST_KEYS:
+            if len(self._ran_padded) >= MOST_KEYS:
                 self._ran_padded.clear()
         result = self.padded(*args, key=key)
         self._ran_padded.add(key)
@@ -155,7 +154,7 @@ class PackedProgram:
         if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
             return None
-        if _records_users_graph():
+        if _records_users_graph(mask.device for mask in masks):
             # Nothing can be found out now, and its replays would write into a number of somebody else's.
             return None
         pending = _Pending(masks, flags, self.round_tokens, positions)
@@ -228,9 +227,12 @@ class _Pending:
         return (found[0] if len(found) == 1 else torch.cat(found)).tolist()  # type: ignore[no-any-return]
 
 
-def _records_users_graph() -> bool:
-    """Whether a CUDA graph is being recorded that is not Inductor's: in those, we are not called."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _records_users_graph(devices: Iterable[torch.device]) -> bool:
+    """Whether what runs on one of the devices is being recorded into a CUDA graph.
+
+    That is a graph of the user's own: while Inductor records one of its graphs, it calls compiled code, and never the plan.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() and any(d.type == "cuda" for d in devices)
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:

@@ -312,7 +312,7 @@ def test_recorded_by_the_user(train: bool, monkeypatch: pytest.MonkeyPatch, capl
     run.train(train)
     monkeypatch.setattr(logging.getLogger("varlen_inductor"), "propagate", True)
     recording = False
-    monkeypatch.setattr(runtime, "_records_users_graph", lambda: recording)
+    monkeypatch.setattr(runtime, "_records_users_graph", lambda devices: recording)
     with packing(), torch.set_grad_enabled(train):
         run(feature_batch(LENGTHS[0]))
         compiled, recording = graphs_compiled(), True
@@ -327,6 +327,17 @@ def test_recorded_by_the_user(train: bool, monkeypatch: pytest.MonkeyPatch, capl
         recording = True
         run(feature_batch(LENGTHS[1]))
         assert caplog.text.count("a CUDA graph is being recorded") == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("recording", "devices", "found"), [(True, ["cuda"], True), (True, ["cpu"], False), (False, ["cuda"], False)]
+)
+def test_only_what_runs_on_cuda_is_recorded(
+    recording: bool, devices: list[str], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    assert runtime._records_users_graph(map(torch.device, devices)) == found
 
 
 @TRAIN
