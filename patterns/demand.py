@@ -127,6 +127,7 @@ def analyse(
     partial_graph: bool,
     exact_outputs: bool,
     live: frozenset[fx.Node],
+    kept_by_objects: frozenset[fx.Node] = frozenset(),
     boundaries: frozenset[fx.Node] = frozenset(),
     uncheckable: Mapping[fx.Node, str] | None = None,
 ) -> Analysis:
@@ -135,6 +136,8 @@ def analyse(
     Args:
         partial_graph: the graph is a piece of the user's program, so that its outputs may be used in any way (rule 10).
         exact_outputs: ``config.padded_rows == "keep"``.
+        kept_by_objects: outputs that the model puts into objects (`_compat.outputs_that_objects_keep`); its next call may read
+            them, which makes them state of the model like what it writes to.
         live: the nodes that some output or effect needs (`live_nodes`); others demand nothing.
         boundaries: values whose storage is written somewhere (rule 6); their rows are demanded as a whole.
         uncheckable: operations that read some rows, of which data cannot tell in time whether that is harmless, and why not.
@@ -145,7 +148,7 @@ def analyse(
         carries[node] = is_tensor(node) and layout_of(table[node].dims, domain) is not None
         analysis.aligned[node] = _aligned(node, table, domain, analysis, boundaries)
     wanted = _wanted_values(graph, table, live)
-    walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs, uncheckable or {})
+    walk = _Walk(table, domain, analysis, carries, pad_values, partial_graph, exact_outputs, kept_by_objects, uncheckable or {})
     for node in reversed(graph.nodes):
         demand = NOTHING
         if node in boundaries and carries[node]:
@@ -199,6 +202,7 @@ class _Walk:
     pad_values: PadValues
     partial_graph: bool
     exact_outputs: bool
+    kept_by_objects: frozenset[fx.Node]
     uncheckable: Mapping[fx.Node, str]
 
     def through(self, user: fx.Node, node: fx.Node) -> Demand:
@@ -237,6 +241,8 @@ class _Walk:
             return Demand(user, "leaves a partial graph (the compiled program has a graph break)")
         if self.exact_outputs:
             return Demand(user, 'is an output, and padded_rows="keep" asks for exact rows')
+        if node in self.kept_by_objects:
+            return Demand(user, "is an output that the model keeps in an object, an attribute or a list, for its next call to read")
         layout = layout_of(self.table[node].dims, self.domain)
         if layout is None:
             return Demand(user, "is an output without one row per token")

@@ -57,6 +57,7 @@ def choose(
     mode: Mode,
     partial_graph: bool,
     exact_outputs: bool,
+    kept_by_objects: frozenset[fx.Node] = frozenset(),
     boundaries: frozenset[fx.Node],
     uncheckable: Mapping[fx.Node, str] | None = None,
 ) -> Choice:
@@ -64,7 +65,7 @@ def choose(
 
     Args:
         mode: ``"model"`` packs every row-wise node whose padded rows nobody needs; ``"attention"`` only the attentions.
-        partial_graph, exact_outputs, boundaries, uncheckable: see `demand.analyse`.
+        partial_graph, exact_outputs, kept_by_objects, boundaries, uncheckable: see `demand.analyse`.
     """
     choice = Choice()
     streams = Streams(graph, table)
@@ -80,6 +81,7 @@ def choose(
             pad_values,
             partial_graph=partial_graph,
             exact_outputs=exact_outputs,
+            kept_by_objects=kept_by_objects,
             live=live,
             boundaries=boundaries,
             uncheckable=uncheckable,

@@ -86,7 +86,7 @@ def test_sizes_that_the_graph_takes_as_numbers(backend: Counting, monkeypatch: p
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, y: (x, y * 2, None, x),  # an input is handed through, a number is made while tracing
+        lambda x, y: (x, y * 2, None, x),  # an input is handed through
         lambda x, y: (y.mul_(2), 3),
         lambda x, y: (),
         lambda x, y: (y + x,),
@@ -101,6 +101,26 @@ def test_results_are_the_same_by_either_way(backend: Counting, function: Callabl
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
+
+
+def test_numbers_among_the_results_are_those_of_each_call(backend: Counting) -> None:
+    program = nested.Nested(lambda x: (x * 2, int(x.sum().item()), bool((x.sum() > 3).item())), backend, None)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for n in (2, 2, 7, 3):
+            x = torch.full((1,), n)
+            _, number, more = program(x, key="one")
+            assert (number, more) == (n, n > 3)
+
+
+@pytest.mark.parametrize("stance", ["fail_on_recompile", "eager_on_recompile", "eager_then_compile", "force_eager"])
+def test_a_stance_is_not_about_nested_compiles(stance: str, backend: Counting) -> None:
+    """Where the compile around it runs what it compiled, this one may compile; and it never runs eagerly unnoticed."""
+    program = nested.Nested(lambda x: (x + 1,), backend, None)
+    with torch.compiler.set_stance(stance):
+        assert torch.equal(program(torch.ones(2), key="two")[0], torch.full((2,), 2.0))
+    assert (backend.compiled, backend.runs) == (1, 1)
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+        torch.compile(lambda x: x - 1, backend=backend)(torch.ones(2))  # the user's stance is back
 
 
 def test_calls_that_are_not_plain_are_always_dynamos(backend: Counting) -> None:

@@ -10,7 +10,8 @@ import importlib
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -584,6 +585,69 @@ def _is_frame(frame: Any, path: str, name: str | None = None) -> bool:
 
 def _is_resume(name: str) -> bool:
     return name.startswith("torch_dynamo_resume_in_")
+
+
+@contextmanager
+def default_stance() -> Iterator[None]:
+    """A context without the stance that the user set with ``torch.compiler.set_stance``.
+
+    Another stance may let Dynamo run eagerly what it has not compiled yet, or raise. The public setter refuses to work
+    while Dynamo's frame callback is set. Read in 2.11, 2.13.
+    """
+    from torch._dynamo import eval_frame
+
+    stance = eval_frame._stance
+    eval_frame._stance = eval_frame.DynamoStance()
+    try:
+        yield
+    finally:
+        eval_frame._stance = stance
+
+
+def outputs_that_objects_keep(outputs: int) -> frozenset[int]:
+    """Which of the outputs of the graph that is being compiled the model puts into objects that outlive the call.
+
+    ``self.memory = h`` and ``self.seen.append(h)`` leave nothing in the graph but an output: Dynamo makes the assignment after
+    the graph has run. It notes what it will assign in ``OutputGraph.side_effects``, there for the translator at work in this
+    thread (``InstructionTranslator.current_tx``); a variable that is modified and not new is an object from outside, and all that
+    can be reached from it counts as kept. Read in 2.11, 2.13.
+
+    Args:
+        outputs: how many values the graph returns. If Dynamo's graph has another number, all count as kept.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew, VariableTracker
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    try:
+        output_graph = InstructionTranslator.current_tx().output
+    except AttributeError:  # no translator: the graph is not from Dynamo
+        return frozenset()
+    effects = output_graph.side_effects
+    kept: set[Any] = set()
+    seen: dict[int, Any] = {}
+    pending: list[Any] = [
+        variable
+        for variable in effects._get_modified_vars()
+        if not isinstance(variable.mutation_type, (AttributeMutationNew, ValueMutationNew))
+    ]
+
+    def see(variable: Any) -> None:
+        if isinstance(variable, LazyVariableTracker):
+            return  # nobody has looked at it, so it was there before; to ask it for anything would make it an input of the graph
+        kept.add(getattr(getattr(variable, "proxy", None), "node", None))
+        pending.extend(effects.store_attr_mutations.get(variable, {}).values())
+        items = getattr(variable, "items", None)
+        pending.extend(key.vt for key in items if hasattr(key, "vt")) if isinstance(items, dict) else None
+
+    if not pending:
+        return frozenset()
+    while pending:
+        VariableTracker.visit(see, pending.pop(), seen)
+    (returned,) = output_graph.graph.find_nodes(op="output")[-1].args
+    if len(returned) != outputs:
+        return frozenset(range(outputs))
+    return frozenset(i for i, node in enumerate(returned) if node in kept)
 
 
 def is_parameter_or_buffer(placeholder: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from varlen_inductor import _compat, _compat_inductor, config, report, runtime
 from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, worth
@@ -65,6 +66,7 @@ class Sites:
     gm: fx.GraphModule
     lines: dict[fx.Node, report.Site] = field(default_factory=dict)
     boundaries: frozenset[fx.Node] = frozenset()
+    kept_by_objects: frozenset[fx.Node] = frozenset()
     uncheckable: dict[fx.Node, str] = field(default_factory=dict)
 
     def give_up(self, site: fx.Node, reason: str) -> None:
@@ -242,7 +244,9 @@ def _find_sites(gm: fx.GraphModule, made: report.Report) -> Sites:
     functionalise(normal)
     opaque = written_storages(normal.graph)
     candidates, rejected = find_candidates(normal)
-    sites = Sites(normal, boundaries=opaque)
+    outputs = _outputs(normal)
+    kept = frozenset(outputs[i] for i in _compat.outputs_that_objects_keep(len(outputs)) if isinstance(outputs[i], fx.Node))
+    sites = Sites(normal, boundaries=opaque, kept_by_objects=kept)
     for rejection in rejected:
         made.sites.append(report.Site(report.source_of(rejection.node), "attention", reason=rejection.reason))
     for candidate in candidates:
@@ -272,6 +276,11 @@ def _find_sites(gm: fx.GraphModule, made: report.Report) -> Sites:
     if sites.lines:
         complete_losses(normal.graph, opaque)
     return sites
+
+
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    (returned,) = gm.graph.find_nodes(op="output")[-1].args
+    return pytree.tree_leaves(returned)
 
 
 def _no_use(proof: Any, candidate: Any, opaque: frozenset[fx.Node]) -> str | None:
@@ -324,6 +333,7 @@ def _rewrite_once(
         mode=mode,
         partial_graph=partial,
         exact_outputs=config.padded_rows == "keep",
+        kept_by_objects=sites.kept_by_objects,
         boundaries=sites.boundaries,
         uncheckable=sites.uncheckable,
     )
@@ -395,7 +405,8 @@ def _trains(site: fx.Node) -> bool:
 
 def _plans_in_graph(build: Builder, graph: fx.Graph, domains: list[Domain], in_place: bool) -> None:
     for domain in domains:
-        behind = max(domain.predicate.leaves).next
+        # A mask that no input decides is there from the start.
+        behind = max(domain.predicate.leaves).next if domain.predicate.leaves else next(iter(graph.nodes))
         while behind.op == "placeholder":
             behind = behind.next
         with graph.inserting_before(behind):

@@ -60,7 +60,9 @@ class Nested:
         calls: list[tuple[Any, tuple[Any, ...], Any]] = []
         self._running.calls = calls
         try:
-            result = self._compiled(*args)
+            # A stance of the user's is about the compile around this one, which knows nothing of there being another.
+            with _compat.default_stance():
+                result = self._compiled(*args)
         finally:
             self._running.calls = None
         if key is not None and (found := _route(calls, args, result)) is not None:
@@ -120,19 +122,25 @@ def _route(calls: list[tuple[Any, tuple[Any, ...], Any]], args: tuple[Any, ...],
     if len(places) != sum(isinstance(x, torch.Tensor) for x in args) or not isinstance(made, (tuple, list)):
         return None
     made_at = {id(x): i for i, x in enumerate(made) if isinstance(x, torch.Tensor)}
-    arguments = _traced_back(given, places, len(args))  # integers among them are sizes, which the key fixes
-    results = _traced_back(result, made_at, len(made))
+    arguments = _traced_back(given, places, len(args), (int, bool, float))  # numbers among them are sizes, which the key fixes
+    results = _traced_back(result, made_at, len(made), ())  # numbers among them may come from the data
     return None if arguments is None or results is None else _Route(compiled, arguments, results)
 
 
-def _traced_back(values: Sequence[Any], places: dict[int, int], available: int) -> Callable[..., tuple[Any, ...]] | None:
-    """The selection that makes ``values``, its tensors known by their places, or None if one is not known."""
+def _traced_back(
+    values: Sequence[Any], places: dict[int, int], available: int, fixed: tuple[type, ...]
+) -> Callable[..., tuple[Any, ...]] | None:
+    """The selection that makes ``values``, its tensors known by their places, or None if one is not known.
+
+    Args:
+        fixed: types of which a value is the same in all calls that are alike.
+    """
     chosen: list[int] = []
     constants: list[Any] = []
     for x in values:
         if isinstance(x, torch.Tensor) and id(x) in places:
             chosen.append(places[id(x)])
-        elif x is None or type(x) in (int, bool, float):
+        elif x is None or type(x) in fixed:
             chosen.append(available + len(constants))
             constants.append(x)
         else:

@@ -341,3 +341,15 @@ def test_rule_09_a_head_of_one(form: str) -> None:
         return (F.normalize(y, dim=-1) * valid[..., None]).sum((0, 1)).reshape(WIDTH)
 
     assert_packed(check(body, (hidden(), mask_of("empty row")), None, packing=form), form)
+
+
+@both_ways
+def test_a_mask_that_no_input_decides(form: str, train: bool) -> None:
+    """The same positions are padding in each batch."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        mask = torch.arange(LENGTH) < LENGTH // 2
+        return m.linear(m.a(x, mask[None, None, None, :]))
+
+    valid = (torch.arange(LENGTH) < LENGTH // 2).expand(BATCH, -1)
+    assert_packed(check(body, (hidden(),), valid, packing=form, train=train), form)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from soundness.harness import (
     mask_of,
     quick,
 )
+from varlen_inductor import report
 
 RIGHT = mask_of("right")
 
@@ -177,6 +180,76 @@ def test_rule_06_a_view_of_what_is_written(form: str, train: bool) -> None:
 
     result = check(body, (hidden(), RIGHT, hidden(grad=False).flatten(0, 1)), RIGHT, packing=form, train=train)
     assert_packed(result, form)
+
+
+class Held:
+    def __init__(self, last: Any) -> None:
+        self.last = last
+
+
+class Keeping(Program):
+    """Keeps what a layer gave in some object, to which its next call adds the mean over all positions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(Keeping.run)
+        self.way = way
+        self.register_buffer("memory", torch.zeros(BATCH, LENGTH, WIDTH))
+        self.attribute = torch.zeros(BATCH, LENGTH, WIDTH)
+        self.listed, self.named, self.held = [self.attribute], {"last": self.attribute}, Held(self.attribute)
+        if way == "a hook":
+            self.linear.register_forward_hook(partial(Keeping.note, self.named))
+
+    @staticmethod
+    def note(named: dict[str, Tensor], module: nn.Module, args: Any, y: Tensor) -> None:
+        named["last"] = y.detach()
+
+    def run(self, x: Tensor, valid: Tensor) -> Any:
+        kept = [self.memory, self.attribute, self.listed[-1], self.named["last"], self.held.last]
+        y = self.linear(self.a(x + sum(z.mean(1, keepdim=True) for z in kept), keys(valid)))
+        z = y.detach()
+        match self.way:
+            case "a buffer":
+                self.memory = z
+            case "an attribute":
+                self.attribute = z
+            case "a list":
+                self.listed.append(z)
+            case "a dictionary":
+                self.named["last"] = z
+            case "an object":
+                self.held.last = z
+            case "within a new tuple":
+                self.held.last = (z, 1)[0]
+            case "what is returned":
+                self.attribute = y
+            case "new objects":
+                return Held([y]).last[0]
+        return y
+
+    def state(self) -> list[Tensor]:
+        return [self.memory, self.attribute, *self.listed, *self.named.values(), self.held.last]
+
+
+KEPT_IN = "a buffer,an attribute,a list,a dictionary,an object,within a new tuple,a hook,what is returned,new objects".split(",")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", KEPT_IN)
+def test_rule_06_kept_by_objects(way: str, form: str) -> None:
+    """What outlives the call may be read by the next one: it is exact, though to the graph it is an output like any other."""
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    model = Keeping(way).double().eval()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend=direct_backend, fullgraph=True)
+    with quick(packing=form), torch.no_grad(), report.collect() as reports:
+        for _ in range(3):
+            given = hidden()
+            expected, found = model(given, RIGHT), compiled(given, RIGHT)
+            torch.testing.assert_close(found[RIGHT], expected[RIGHT])
+            torch.testing.assert_close(other.state(), model.state())
+    forms = {site.form for one in reports for site in one.sites}
+    assert forms == ({"packed" if form == "model" else "zero rows"} if way == "new objects" else {"exact"})
 
 
 @pytest.mark.parametrize("form", FORMS)
