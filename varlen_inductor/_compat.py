@@ -635,10 +635,11 @@ def outputs_that_objects_keep(outputs: int) -> frozenset[int]:
     def see(variable: Any) -> None:
         if isinstance(variable, LazyVariableTracker):
             return  # nobody has looked at it, so it was there before; to ask it for anything would make it an input of the graph
-        kept.add(getattr(getattr(variable, "proxy", None), "node", None))
+        kept.add(getattr(vars(variable).get("proxy"), "node", None))
         pending.extend(effects.store_attr_mutations.get(variable, {}).values())
-        items = getattr(variable, "items", None)
-        pending.extend(key.vt for key in items if hasattr(key, "vt")) if isinstance(items, dict) else None
+        items = vars(variable).get("items")  # a dict's keys; what is no dict may have a method of this name, or raise when asked
+        if isinstance(items, dict):
+            pending.extend(key.vt for key in items if hasattr(key, "vt"))
 
     if not pending:
         return frozenset()

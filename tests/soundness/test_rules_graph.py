@@ -252,6 +252,29 @@ def test_rule_06_kept_by_objects(way: str, form: str) -> None:
     assert forms == ({"packed" if form == "model" else "zero rows"} if way == "new objects" else {"exact"})
 
 
+class Settings(Program):
+    """Changes what is no tensor, as models from transformers do with their configuration at each call."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(Settings.run)
+        self.value, self.table, self.held = value, {"value": value}, Held(value)
+
+    def run(self, x: Tensor, valid: Tensor) -> Tensor:
+        self.chosen, self.held.last = self.value, self.value
+        self.table["chosen"] = self.value
+        return self.linear(self.a(x, keys(valid)))
+
+
+NO_TENSORS = ["sdpa", 3, 0.5, None, True, torch.float32, (1, 2), [1, "a"], {"b": 2}, {1, 2}, nn.ReLU(), abs]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", NO_TENSORS, ids=str)
+def test_rule_06_objects_without_tensors(value: Any, form: str) -> None:
+    result = check(Settings(value), (hidden(), RIGHT), RIGHT, packing=form)
+    assert_packed(result, form)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_rule_06_running_statistics(form: str) -> None:
     class Normed(Program):
