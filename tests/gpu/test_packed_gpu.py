@@ -120,9 +120,7 @@ def test_graphs_are_recorded_once(packing: str, train: bool, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("before", ["packed", "padded", "attention"])
-def test_a_graph_of_the_users_own(
-    before: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_graph_of_the_users_own(before: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What it records is right for all data, whatever ran before; only where nothing padded ran are that operators, with a word."""
     monkeypatch.setattr(logging.getLogger("varlen_inductor"), "propagate", True)
     torch.manual_seed(0)

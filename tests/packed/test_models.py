@@ -62,6 +62,15 @@ def bart(name: str = "BartModel", attention: str = "sdpa") -> nn.Module:
 
 BOTH = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+EACH = pytest.mark.parametrize(
+    ("attention", "train"),
+    [
+        pytest.param("sdpa", True, id="sdpa-train"),
+        pytest.param("eager", False, id="eager-eval"),
+        pytest.param("eager", True, id="eager-train", marks=pytest.mark.thorough),
+        pytest.param("sdpa", False, id="sdpa-eval", marks=pytest.mark.thorough),
+    ],
+)
 
 
 def token_batches() -> list[dict[str, Tensor]]:
@@ -75,8 +84,7 @@ def labelled_batches(classes: int = VOCABULARY) -> list[dict[str, Tensor]]:
 # --- encoders ----------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@TRAIN
+@EACH
 def test_bert(attention: str, train: bool) -> None:
     outcome = compare_with_eager(bert(attention=attention), token_batches(), train=train)
     assert (outcome.body.packed, outcome.body.padded, outcome.body.other) == (6 * LAYERS, 0, 1)  # the pooler is the other
@@ -122,7 +130,7 @@ def test_token_types() -> None:
     assert (outcome.body.packed, outcome.body.padded) == (6 * LAYERS, 0)
 
 
-@BOTH
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.thorough)])
 def test_roberta(attention: str) -> None:
     """Its positions are a running sum over the tokens that are not padding: that stays outside, the stack does not."""
     model = make("RobertaForMaskedLM", transformers.RobertaConfig(**SIZES, **NO_DROPOUT, pad_token_id=1), attention)
@@ -130,7 +138,7 @@ def test_roberta(attention: str) -> None:
     assert (outcome.body.packed, outcome.body.padded) == (6 * LAYERS + 2, 0)
 
 
-@BOTH
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.thorough)])
 def test_distilbert(attention: str) -> None:
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=48, max_position_embeddings=64,
@@ -159,8 +167,7 @@ def test_modernbert_with_holes_runs_padded() -> None:
 # --- decoders ----------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@TRAIN
+@EACH
 def test_llama_fine_tuning(attention: str, train: bool) -> None:
     outcome = compare_with_eager(llama("LlamaForCausalLM", attention), labelled_batches(), train=train)
     assert (outcome.body.packed, outcome.body.padded) == (7 * LAYERS + 1, 0)
@@ -190,8 +197,7 @@ def translation_batches() -> list[dict[str, Tensor]]:
     return made
 
 
-@BOTH
-@TRAIN
+@EACH
 def test_bart(attention: str, train: bool) -> None:
     outcome = compare_with_eager(
         bart(attention=attention), translation_batches(), train=train, masks={"last_hidden_state": "decoder_attention_mask"}
@@ -235,8 +241,15 @@ def feature_batches(width: int = 32) -> list[dict[str, Tensor]]:
 
 
 @TRAIN
-@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
-@pytest.mark.parametrize("floating", [False, True], ids=["bool", "float"])
+@pytest.mark.parametrize(
+    ("norm_first", "floating"),
+    [
+        pytest.param(False, False, id="post-bool"),
+        pytest.param(True, True, id="pre-float"),
+        pytest.param(False, True, id="post-float", marks=pytest.mark.thorough),
+        pytest.param(True, False, id="pre-bool", marks=pytest.mark.thorough),
+    ],
+)
 def test_transformer_encoder(train: bool, norm_first: bool, floating: bool) -> None:
     outcome = compare_with_eager(Encoder(norm_first=norm_first, floating=floating), feature_batches(), train=train)
     assert (outcome.body.packed, outcome.body.padded) == (4 * LAYERS, 0)

@@ -446,7 +446,15 @@ def poisoned(x: Tensor, valid: Tensor) -> Tensor:
 
 def both_ways(test: Callable[..., Any]) -> Callable[..., Any]:
     """Run a test in both forms, in training and in inference."""
-    return pytest.mark.parametrize("form", FORMS)(pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])(test))  # type: ignore[no-any-return]
+    return pytest.mark.parametrize(  # type: ignore[no-any-return]
+        ("form", "train"),
+        [
+            pytest.param("model", True, id="model-train"),
+            pytest.param("model", False, id="model-eval"),
+            pytest.param("attention", True, id="attention-train"),
+            pytest.param("attention", False, id="attention-eval", marks=pytest.mark.thorough),
+        ],
+    )(test)
 
 
 def assert_packed(result: Checked, form: str, runs: int = 1) -> None:

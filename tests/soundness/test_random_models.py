@@ -1,6 +1,6 @@
 """Random models over random padding against eager: outputs, gradients, and padding that is not a number.
 
-More seeds: VARLEN_TEST_SEEDS=5000. One seed: VARLEN_TEST_SEEDS=1234:1235.
+More seeds: VARLEN_TEST_SEEDS=5000 (`make test` takes 120). One seed: VARLEN_TEST_SEEDS=1234:1235.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK = 20
 
 
 def _seeds() -> range:
-    first, _, last = os.environ.get("VARLEN_TEST_SEEDS", "200").rpartition(":")
+    first, _, last = os.environ.get("VARLEN_TEST_SEEDS", "120").rpartition(":")
     return range(int(first or 0), int(last))
 
 
@@ -143,7 +143,7 @@ def test_random_models(first: int) -> None:
 
 def test_coverage() -> None:
     """The generator must keep making models that take each of the roads."""
-    if _coverage["models"] < 60:
+    if _coverage["models"] < 100:
         pytest.skip("most models ran in other processes")
     share = {name: count / _coverage["models"] for name, count in _coverage.items()}
     assert share.get("packed", 0) > 0.25, share

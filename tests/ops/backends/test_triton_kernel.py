@@ -124,8 +124,8 @@ def check_dropout() -> None:
 
     case = make_case((16,), heads=(8, 8), dims=(16, 16), dropout_p=0.4)
     with torch.no_grad():
-        mean = sum(run(case)[0].double() for _ in range(50)) / 50
-    assert (mean - reference(case._replace(options={"window_left": -1, "window_right": -1}))[0]).abs().mean() < 0.05
+        mean = sum(run(case)[0].double() for _ in range(25)) / 25
+    assert (mean - reference(case._replace(options={"window_left": -1, "window_right": -1}))[0]).abs().mean() < 0.07
 
 
 def check_softcap() -> None:
