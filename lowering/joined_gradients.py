@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from varlen_inductor import _compat_inductor
+from varlen_inductor.lowering.readers import take_any_strides
 from varlen_inductor.ops.attention import default_kernels, split_arguments
 from varlen_inductor.ops.backends import choose
 from varlen_inductor.ops.problem import Problem
@@ -34,7 +35,7 @@ def join_gradients(graph: fx.Graph) -> int:
     joined = 0
     for cat in list(graph.find_nodes(op="call_function", target=aten.cat.default)):
         attention = _attention_of(cat)
-        if attention is not None and _may_be_columns(attention) and _writes_in_place(attention):
+        if attention is not None and may_be_columns(attention) and writes_in_place(attention):
             _join_into(attention, cat)
             joined += 1
     return joined
@@ -63,27 +64,10 @@ def _attention_of(cat: fx.Node) -> fx.Node | None:
     return attention
 
 
-def _may_be_columns(attention: fx.Node) -> bool:
+def may_be_columns(attention: fx.Node) -> bool:
     """Whether the gradients may have steps between their rows, and share their memory: nothing leaves the graph, where whoever got
-    two results of one memory might change one of them in place, and what reads them asks for no strides, as kernels of the user's
-    may do."""
-    readers = list(attention.users)
-    while readers:
-        node = readers.pop()
-        if node.target is operator.getitem or (_is_view(node) and not calls(node, aten.as_strided)):
-            readers.extend(node.users)
-        elif not (calls(node, *_ANY_STRIDES) or torch.Tag.pointwise in getattr(node.target, "tags", ())):
-            return False
-    return True
-
-
-_ANY_STRIDES = (aten.mm, aten.addmm, aten.bmm, aten.sum, aten.cat)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the result may share the memory of an operand, by the operator's schema."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    two results of one memory might change one of them in place, and nothing that reads them asks for strides."""
+    return take_any_strides(attention.users)
 
 
 def _operands(attention: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -92,7 +76,7 @@ def _operands(attention: fx.Node) -> tuple[list[Any], dict[str, Any]]:
     return list(args), dict(kwargs)
 
 
-def _writes_in_place(attention: fx.Node) -> bool:
+def writes_in_place(attention: fx.Node) -> bool:
     """Whether the kernel that runs the backward can write to rows that are there."""
     args, kwargs = _operands(attention)
     _, grad_lse, _, _, _, query, key, value, *rest = args
@@ -103,15 +87,29 @@ def _writes_in_place(attention: fx.Node) -> bool:
     return choose(problem, kernels or default_kernels(), backward=True).backend.backward_into is not None
 
 
-def _widths(attention: fx.Node) -> list[int]:
+def matrices(attention: fx.Node) -> list[fx.Node] | None:
+    """The gradients of query, key and value as matrices of (T, H * D), if that is all they are used as."""
+    found: dict[Any, fx.Node] = {}
+    for gradient in attention.users:
+        at = gradient
+        while at.meta["val"].dim() != 2 and len(at.users) == 1 and calls(next(iter(at.users)), *_VIEWS):
+            at = next(iter(at.users))
+        x, rows = at.meta["val"], gradient.meta["val"]
+        if x.dim() != 2 or x.dtype != rows.dtype or not same_size(x.shape[0], rows.shape[0]):
+            return None
+        found[gradient.args[1]] = at
+    return [found[place] for place in range(3)] if sorted(found) == [0, 1, 2] else None
+
+
+def widths_of(attention: fx.Node) -> list[int]:
     """How many numbers a row of query's, key's and value's gradient has."""
     return [x.shape[1] * x.shape[2] for x in _operands(attention)[0][5:8]]
 
 
-def _join(attention: fx.Node) -> fx.Node:
+def join(attention: fx.Node) -> fx.Node:
     """Replace the backward by the joined one, its gradients by columns of that. Returns it."""
     args, kwargs = _operands(attention)
-    widths = _widths(attention)
+    widths = widths_of(attention)
     graph = attention.graph
     with graph.inserting_before(attention):
         joined = graph.call_function(_ops.varlen_attn_backward_joined.default, attention.args, attention.kwargs)
@@ -128,7 +126,7 @@ def _join(attention: fx.Node) -> fx.Node:
 
 
 def _join_into(attention: fx.Node, cat: fx.Node) -> None:
-    joined = _join(attention)
+    joined = join(attention)
     graph = cat.graph
     with graph.inserting_before(cat):
         whole = call_like(cat, aten.view.default, joined, [-1, *cat.meta["val"].shape[1:]])

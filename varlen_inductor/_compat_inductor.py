@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from varlen_inductor._compat import no_dispatch_modes
 
@@ -65,6 +67,16 @@ def compiles_ahead_of_time() -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.aot_compilation)
+
+
+def results_of_the_user(graph: fx.Graph) -> frozenset[int]:
+    """Which results of a graph that Inductor is at work on are for the user, and not kept for the backward; all, if it is not said.
+
+    Read in 2.11, 2.13.
+    """
+    output = graph.output_node()
+    places = output.meta.get("user_visible_output_idxs")
+    return frozenset(range(len(pytree.tree_leaves(output.args[0]))) if places is None else places)
 
 
 @contextlib.contextmanager
