@@ -21,6 +21,8 @@ training step of 12 layers.
     %s0 = sum(%p0[:32] + %p0[32:], [0])       %p = view(cat([%p0, %p1]), [2, 64, 768])
     %s1 = sum(%p1[:32] + %p1[32:], [0])       %s = sum(%p[:, :32] + %p[:, 32:], [1])
                                               %s0, %s1 = %s[0], %s[1]
+
+What each is then converted to, all are at once, in the same kernel: fifty launches less in such a step.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from torch import fx
 from varlen_inductor import _compat, _compat_inductor
 from varlen_inductor.ops.packing import CHUNKS
 from varlen_inductor.patterns.nodes import arguments, aten, call_like, tensor
+
+_convert = torch.ops.prims.convert_element_type.default
 
 MOST_COLUMNS = 131072
 """With more sums than this side by side a GPU is busy without groups. (With 30528 it is not: the gradient of BERT's vocabulary
@@ -104,8 +108,9 @@ class _Parts:
             chunks = call_like(node, operator.floordiv, call_like(node, aten.sym_size.int, given["self"], 0), chunk)
             rows = call_like(node, aten.view.default, given["self"], [chunks, chunk, *x.shape[1:]])
             self.sums = call_like(node, aten.sum.dim_IntList, rows, [0], dtype=summed_in)
-        self.form = ((chunk, *x.shape[1:]), summed_in, self.wanted, given["keepdim"], x.device)
         self.behind = _up_to_the_output(node)
+        self.converted_to = () if self.behind is None else _conversions(node) or ()
+        self.form = ((chunk, *x.shape[1:]), (summed_in, self.wanted, *self.converted_to), given["keepdim"], x.device)
 
 
 def _up_to_the_output(node: fx.Node) -> list[fx.Node] | None:
@@ -119,7 +124,7 @@ def _up_to_the_output(node: fx.Node) -> list[fx.Node] | None:
         user = stack.pop()
         if user.op == "output" or user in found:
             continue
-        if user.target not in _THROUGH or len(user.all_input_nodes) != 1:
+        if user.target not in _UP_TO_THE_OUTPUT or len(user.all_input_nodes) != 1:
             return None
         found[user] = None
         stack.extend(user.users)
@@ -129,7 +134,7 @@ def _up_to_the_output(node: fx.Node) -> list[fx.Node] | None:
 def _add_up(graph: fx.Graph, group: list[_Parts]) -> None:
     """Replace the nodes of ``group``, whose parts are of one form, by the sums of their parts."""
     first = group[0]
-    (chunk, *rest), summed_in, wanted, keepdim, _ = first.form
+    (chunk, *rest), (dtype, *dtypes), keepdim, _ = first.form
     several = len(group) > 1
     output = graph.output_node()
     with graph.inserting_before(output if several else first.node):
@@ -140,13 +145,37 @@ def _add_up(graph: fx.Graph, group: list[_Parts]) -> None:
             more = call_like(first.node, aten.slice.Tensor, parts, 1, start, start + UNSPLIT)
             total = call_like(first.node, aten.add.Tensor, total, more)
         total = call_like(first.node, aten.sum.dim_IntList, total, [1], keepdim)
-        if summed_in != wanted:
-            total = call_like(first.node, torch.ops.prims.convert_element_type.default, total, wanted)
+        for wanted in dtypes:
+            if wanted != dtype:
+                dtype = wanted
+                total = call_like(first.node, _convert, total, dtype)
         for i, each in enumerate(group):
             each.node.replace_all_uses_with(call_like(each.node, aten.select.int, total, 0, i))
-            for node in each.behind or () if several else ():
-                output.prepend(node)
             graph.erase_node(each.node)
+            for node in each.behind or ():
+                if several:
+                    output.prepend(node)
+                if each.converted_to:
+                    _take_converted(node)
+
+
+def _take_converted(node: fx.Node) -> None:
+    """Let a node behind a sum take what has been converted already."""
+    if node.target is _convert:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+    else:
+        node.meta["val"] = node.target(*fx.map_arg(node.args, lambda n: n.meta["val"]))  # type: ignore[operator]
+
+
+def _conversions(node: fx.Node) -> tuple[torch.dtype, ...] | None:
+    """What a sum is converted to, one after another, on each of its ways to the output; None if they differ."""
+    ways: set[tuple[torch.dtype, ...] | None] = set()
+    for user in node.users:
+        further = () if user.op == "output" else _conversions(user)
+        converts: Any = user.args[1:] if user.target is _convert else ()
+        ways.add(None if further is None else (*converts, *further))
+    return ways.pop() if len(ways) == 1 else None
 
 
 def _reduces_rows(node: fx.Node) -> bool:
@@ -185,4 +214,5 @@ def _numel(node: Any) -> Any:
     return None if x is None else math.prod(n.node.expr if isinstance(n, torch.SymInt) else n for n in x.shape)
 
 
-_THROUGH = frozenset({torch.ops.prims.convert_element_type.default, aten.reshape.default, aten.view.default})
+_THROUGH = frozenset({_convert, aten.reshape.default, aten.view.default})
+_UP_TO_THE_OUTPUT = _THROUGH | {aten.slice.Tensor}

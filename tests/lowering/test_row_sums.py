@@ -12,6 +12,7 @@ from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
 
 from varlen_inductor.lowering.row_sums import split_row_sums
 
@@ -148,15 +149,46 @@ def test_results_are_added_up_together(dtype: torch.dtype) -> None:
     assert split_row_sums(gm.graph, "cpu") == 7
     gm.graph.lint()
     gm.recompile()
-    # Three without their dim and two with it; what is used at once, and what has a form of its own, is added up by itself.
+    # Two without their dim and two with it; what is used at once, and what has a form of its own, is added up by itself.
     (one, other) = gm.graph.find_nodes(op="call_function", target=aten.cat.default)
-    assert sorted((len(one.args[0]), len(other.args[0]))) == [2, 3]
-    assert sorted(map(str, sums(gm))) == ["[0]"] * 7 + ["[1]"] * 4
+    assert (len(one.args[0]), len(other.args[0])) == (2, 2)
+    assert sorted(map(str, sums(gm))) == ["[0]"] * 7 + ["[1]"] * 5
     for found, expected in zip(gm(x), wanted, strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected)
     for found, node in zip(gm(x), gm.graph.output_node().args[0], strict=True):
         assert (found.dtype, found.shape) == (node.meta["val"].dtype, node.meta["val"].shape)
+
+
+def to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.prims.convert_element_type.default(x, dtype)
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+CONVERTED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "alike": (lambda x: tuple(to((x * i).sum([0]), HALF) for i in range(4)), 1),
+    "through views": (lambda x: tuple(to((x * i).sum([0], True).view(-1)[:8], SINGLE) for i in range(4)), 1),
+    "pieces": (lambda x: tuple(to(y, SINGLE) for i in (1, 2) for z in [(x * i).sum([0])] for y in (z[:8], z[8:])), 1),
+    "twice": (lambda x: tuple(to(to((x * i).sum([0]), HALF), SINGLE).view(4, 6) for i in range(4)), 2),
+    "to two": (lambda x: tuple(to(z, each) for i in (1, 2) for z in [(x * i).sum([0])] for each in (SINGLE, HALF)), 4),
+    "two kinds": (lambda x: tuple(to((x * i).sum([0]), (SINGLE, HALF)[i % 2]) for i in range(4)), 2),
+    "and as they are": (lambda x: tuple(y for i in (1, 2) for z in [(x * i).sum([0])] for y in (z, to(z, SINGLE))), 2),
+    "one by itself": (lambda x: to(x.sum([0]), HALF).view(2, 12), 1),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_results_are_converted_together(case: str) -> None:
+    function, conversions = CONVERTED[case]
+    gm, x = traced(function, torch.float64)
+    wanted = gm(x)
+    assert split_row_sums(gm.graph, "cpu")
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)) == conversions
+    torch.testing.assert_close(gm(x), wanted)
+    for node, expected in zip(pytree.tree_leaves(gm.graph.output_node().args[0]), pytree.tree_leaves(wanted), strict=True):
+        assert (node.meta["val"].dtype, node.meta["val"].shape) == (expected.dtype, expected.shape)
 
 
 def test_a_result_that_is_used_too_is_added_up_at_once() -> None:
