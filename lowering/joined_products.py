@@ -1,8 +1,9 @@
 """Products of the same packed rows with several weights become one, forward and backward.
 
 A model with three projections, to query, key and value, multiplies the same rows three times. One product with three times as many
-columns keeps a GPU busier, and is launched once. The weights are put side by side first, all of a graph in one kernel, which costs
-little as long as they are small beside the rows. Each number of the result is the sum of the same products as before.
+columns keeps a GPU busier, and is launched once. The weights are put side by side first (inputs as they are by one kernel for the
+whole graph), which costs little as long as they are small beside the rows. Each number of the result is the sum of the same
+products as before.
 
     before                                       after
     %q = addmm(%bq, %x, %wq.t())                 %w = cat([%wq, %wk, %wv])                  # (3 * E, E)
@@ -14,11 +15,13 @@ In the backward the kernel of the attention writes the three gradients side by s
 products and sums become three:
 
     %gq, %gk, %gv = varlen_attn_backward(...)    %g = varlen_attn_backward_joined(...)      # (T, 3 * E)
-    %a = addmm(%r, %gv, %wv)                     %w = cat([%wq, %wk, %wv])
-    %b = addmm(%a, %gk, %wk)
-    %c = addmm(%b, %gq, %wq)                     %c = addmm(%r, %g, %w)
+    %a = add(%r, mm(%gv, %wv))                   %w = cat([%wq, %wk, %wv])
+    %b = add(%a, mm(%gk, %wk))
+    %c = add(%b, mm(%gq, %wq))                   %c = add(%r, mm(%g, %w))
     mm(%gq.t(), %x), ...                         %dw = mm(%g.t(), %x)                       # and rows of it
     sum(%gq, [0]), ...                           %db = sum(%g, [0])                         # and pieces of it
+
+The gradients of such weights are slices of one tensor, as are those of biases in `row_sums`.
 
 Where autograd has been, a graph has neither grad modes nor autocast any more, and an input has one value: one that an operator
 writes to is left alone.
@@ -35,7 +38,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from varlen_inductor import _compat_inductor
+from varlen_inductor import _compat, _compat_inductor
 from varlen_inductor.lowering import joined_gradients
 from varlen_inductor.lowering.readers import take_any_strides, ways_out
 from varlen_inductor.patterns.nodes import arguments, aten, call_like, calls, same_size, tensor
@@ -46,7 +49,7 @@ _convert = torch.ops.prims.convert_element_type.default
 MOST_NUMBERS = 2**22
 """In the weights of one product: E up to 1182. Wider ones keep a GPU busy by themselves, and copying their weights costs more."""
 MOST_COPIED = 2**26
-"""In the weights that are put side by side by one kernel and are then held for the whole graph: 128 MB in half precision."""
+"""In weights that are put side by side by one kernel and are then held for the whole graph: 128 MB in half precision."""
 ALIGNMENT = 8
 """Numbers of half precision in the 16 bytes that products want their rows and columns to be multiples of."""
 
@@ -164,41 +167,83 @@ class _Forward:
 
 
 def _forward_groups(graph: fx.Graph, device_type: str) -> list[_Forward]:
-    """What is between two attentions, or before the first, may be joined: what is made of rows earlier is held longer."""
+    """Only products that come one after another are joined: what is made of rows earlier is held longer."""
+    packed = _packed_rows(graph)
     groups: dict[Any, _Forward] = {}
-    attentions = 0
+    stretch, last = 0, None
     for node in graph.nodes:
-        if calls(node, _ops.varlen_attn, _ops.varlen_attn_backward, _ops.varlen_attn_backward_joined):
-            attentions += 1
-        found = _factors(node, device_type)
-        if found is None:
+        rows = _rows_of(node) if _is_product(node) else node if _multiplies_otherwise(node) else None
+        if rows is None:
             continue
-        rows, weight, bias = found
-        kept = _kept(node)
-        if kept is not None:
-            group = groups.setdefault((rows, attentions, bias is None, kept), _Forward([], [], []))
+        stretch, last = stretch + (rows is not last), rows
+        found = _factors(node, device_type, packed)
+        kept = None if found is None else _kept(node)
+        if found is not None and kept is not None:
+            weight, bias = found
+            group = groups.setdefault((stretch, bias is None, kept), _Forward([], [], []))
             group.products.append(node)
             group.weights.append(weight)
             group.biases.extend([] if bias is None else [bias])
-    return [group for group in groups.values() if len(group.products) > 1 and _numbers(group.weights) <= MOST_NUMBERS]
+    return [group for group in groups.values() if len(group.products) > 1 and _is_cheap(group.weights, _rows_of(group.first))]
 
 
-def _factors(node: fx.Node, device_type: str) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Packed rows, the weight (N, K) and the bias (N,), if a node is the product of such."""
+def _packed_rows(graph: fx.Graph) -> list[Any]:
+    """The numbers of rows of the operands of packed attentions."""
+    found: list[Any] = []
+    for node in graph.nodes:
+        operands = node.args[:3] if calls(node, _ops.varlen_attn) else node.args[5:8] if calls(node, *_BACKWARDS) else ()
+        found.extend(x.meta["val"].shape[0] for x in operands)
+    return found
+
+
+_BACKWARDS = (_ops.varlen_attn_backward, _ops.varlen_attn_backward_joined)
+
+
+def _multiplies_otherwise(node: fx.Node) -> bool:
+    return calls(node, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, _ops.varlen_attn, *_BACKWARDS)
+
+
+def _is_cheap(weights: Sequence[fx.Node], rows: fx.Node) -> bool:
+    """Whether weights are small enough to be put side by side for one product with ``rows``: have no more rows themselves."""
+    number = _compat.hint(rows.meta["val"].shape[0])
+    return number is not None and sum(w.meta["val"].shape[0] for w in weights) <= number and _numbers(weights) <= MOST_NUMBERS
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Of two matrices, added to another perhaps, neither scaled nor in another dtype."""
+    return node.target in (_mm, _addmm) and all(arguments(node).get(name, 1) == 1 for name in ("alpha", "beta"))
+
+
+_mm, _addmm = aten.mm.default, aten.addmm.default
+
+
+def _rows_of(product: fx.Node) -> Any:
+    return product.args[0 if product.target is _mm else 1]
+
+
+def _factor(product: fx.Node) -> Any:
+    return product.args[1 if product.target is _mm else 2]
+
+
+def _factors(node: fx.Node, device_type: str, packed: Sequence[Any]) -> tuple[fx.Node, fx.Node | None] | None:
+    """The weight (N, K) and the bias (N,), if a node is the product of packed rows with such."""
     if not _is_product(node):
         return None
-    bias: Any = node.args[0] if calls(node, aten.addmm) else None
-    rows: Any = _rows_of(node)
-    columns: Any = _factor(node)
+    bias: Any = node.args[0] if node.target is _addmm else None
+    rows, columns = _rows_of(node), _factor(node)
     weight: Any = _matrix(columns.args[0]) if _transposes(columns) else None
     if not _is_constant(weight, 2) or not (bias is None or _is_constant(bias, 1)):
         return None
-    x, result = rows.meta["val"], node.meta["val"]
-    if x.device.type != device_type or not isinstance(x.shape[0], torch.SymInt) or weight is bias:
+    x = rows.meta["val"]
+    if x.device.type != device_type or not _is_packed(x, packed):
         return None
-    if any(y.meta["val"].dtype != result.dtype for y in (rows, weight, *([] if bias is None else [bias]))):
+    if any(y.meta["val"].dtype != x.dtype for y in (node, weight, *([] if bias is None else [bias]))):
         return None
-    return rows, weight, bias
+    return weight, bias
+
+
+def _is_packed(x: torch.Tensor, packed: Sequence[Any]) -> bool:
+    return isinstance(x.shape[0], torch.SymInt) and any(same_size(x.shape[0], number) for number in packed)
 
 
 def _kept(node: fx.Node) -> bool | None:
@@ -249,13 +294,13 @@ class _Backward:
 
     def join(self, weight: fx.Node, bias: fx.Node | None) -> None:
         joined = joined_gradients.join(self.attention)
-        _add_up_once(sorted(self.products), joined, weight)
+        _add_up_once(self.products, joined, weight)
         widths = [weight.meta["val"].shape[0] for weight in self.weights]
         if self.of_weights:
             first = min(self.of_weights)
             with first.graph.inserting_before(first):
                 columns = call_like(first, aten.permute.default, joined, [1, 0])
-                whole = call_like(first, aten.mm.default, columns, first.args[1])
+                whole = call_like(first, _mm, columns, first.args[1])
                 _replace_by_parts(self.of_weights, whole, 0, widths)
         if self.sums:
             first = min(self.sums)
@@ -279,14 +324,12 @@ def _backward_group(attention: fx.Node) -> _Backward | None:
     if gradients is None or not joined_gradients.may_be_columns(attention):
         return None
     products = [product for gradient in gradients for product in _products_with_weights(gradient)]
-    if len(products) != 3 or len({_rows_of(product) for product in products}) != 3 or not _adds_up(sorted(products)):
+    if [_rows_of(product) for product in products] != gradients or not _adds_up(products):
         return None
     weights = [_matrix(_factor(product)) for product in products]
-    if len({weight.meta["val"].shape[1] for weight in weights}) != 1 or _numbers(weights) > MOST_NUMBERS:
+    if not _is_cheap(weights, gradients[0]) or not joined_gradients.writes_in_place(attention):
         return None
-    if not joined_gradients.writes_in_place(attention):
-        return None
-    of_weights = _one_each(gradients, _rows_multiplied, lambda node: (node.args[1], node.meta["val"].dtype))
+    of_weights = _one_each(gradients, _rows_multiplied, lambda node: node.args[1])
     sums = _one_each(gradients, _rows_summed, lambda node: (arguments(node)["keepdim"], arguments(node)["dtype"]))
     return _Backward(attention, products, weights, of_weights, sums)
 
@@ -299,90 +342,95 @@ def _products_with_weights(gradient: fx.Node) -> list[fx.Node]:
 def _multiplies(node: fx.Node, gradient: fx.Node) -> bool:
     if not _is_product(node) or _rows_of(node) is not gradient or not _is_constant(_matrix(_factor(node)), 2):
         return False
-    dtypes = {x.meta["val"].dtype for x in (gradient, _matrix(_factor(node)), node)}
-    return len(dtypes) == 1 and isinstance(gradient.meta["val"].shape[0], torch.SymInt)
-
-
-def _is_product(node: fx.Node) -> bool:
-    """Of two matrices, added to another perhaps, neither scaled."""
-    return calls(node, aten.mm, aten.addmm) and all(arguments(node).get(name, 1) == 1 for name in ("alpha", "beta"))
-
-
-def _rows_of(product: fx.Node) -> Any:
-    return product.args[0 if calls(product, aten.mm) else 1]
-
-
-def _factor(product: fx.Node) -> Any:
-    return product.args[1 if calls(product, aten.mm) else 2]
+    same = {x.meta["val"].dtype for x in (gradient, _matrix(_factor(node)), node)}
+    return len(same) == 1 and isinstance(gradient.meta["val"].shape[0], torch.SymInt)
 
 
 def _adds_up(products: Sequence[fx.Node]) -> bool:
-    """Whether these products, in their order, are added up and nothing else is made of them, in one of two ways:
+    """Whether these products are added up, and to anything else, and nothing is made of them or of what is added up so far.
 
-    * each is added to the one before it: ``addmm(addmm(%r, ...), ...)``, or with ``mm`` innermost;
-    * each is converted and added by an operator of its own, as autocast does: ``add(add(%r, to(mm(...))), to(mm(...)))``.
+    One way is ``add(add(%r, mm(...)), mm(...))``, where each may be converted before it is added, as autocast does; the other is
+    ``addmm(addmm(%r, ...), ...)``, perhaps with ``mm`` innermost.
     """
-    if any(calls(product, aten.addmm) for product in products):
-        return all(
-            calls(after, aten.addmm) and after.args[0] is before and list(before.users) == [after] and _factor(after) is not before
-            for before, after in itertools.pairwise(products)
-        )
-    terms = [_converted(product) for product in products]
-    readers = [next(iter(term.users)) if term is not None and len(term.users) == 1 else None for term in terms]
-    if None in readers or len({term.meta["val"].dtype for term in terms if term is not None}) != 1:
+    sums = [_sum_with(product) for product in products]
+    left = {node for node in sums if node is not None}
+    if None in sums or len({node.meta["val"].dtype for node in left}) != 1:
         return False
-    left = {reader for reader in readers if reader is not None}
     at = min(left)
-    while _adds(at):
+    while True:
         left.discard(at)
         if not left:
             return True
         if len(at.users) != 1:
             return False
-        at = next(iter(at.users))
-    return False
+        below, at = at, next(iter(at.users))
+        if not (_adds(at) or (_is_product(at) and at.args[0] is below and at.target is _addmm and at in products)):
+            return False
 
 
-def _converted(product: fx.Node) -> fx.Node | None:
-    """What a product is converted to, if nothing else is made of it."""
-    (reader, *others) = product.users
-    return reader if not others and reader.target is _convert else None
+def _sum_with(product: fx.Node) -> fx.Node | None:
+    """The node that adds a product to something else, which may be the product itself; None if more than that is made of it."""
+    if product.target is _addmm:
+        return product if _same_form(product, product.args[0]) else None
+    term = _term(product)
+    readers = list(term.users)
+    if len(readers) != 1 or _factor_or_rows(readers[0], term):
+        return None
+    (reader,) = readers
+    return reader if _adds(reader) or (_is_product(reader) and reader.target is _addmm) else None
+
+
+def _factor_or_rows(node: fx.Node, operand: fx.Node) -> bool:
+    return _is_product(node) and operand in (_rows_of(node), _factor(node))
+
+
+def _term(product: fx.Node) -> fx.Node:
+    """A product, or what it is converted to, if nothing else is made of it."""
+    readers = list(product.users)
+    return readers[0] if len(readers) == 1 and readers[0].target is _convert else product
 
 
 def _adds(node: fx.Node) -> bool:
-    """Whether a node is the sum of two different nodes of the same form."""
+    """Whether a node is the sum of two different nodes of its form."""
     if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
         return False
-    x, y = (tensor(each) for each in (node, *node.all_input_nodes[:1]))
-    z = tensor(node.all_input_nodes[1])
-    if x is None or y is None or z is None or x.dtype != y.dtype or x.dtype != z.dtype or not x.dim() == y.dim() == z.dim() == 2:
+    return all(_same_form(node, each) for each in node.all_input_nodes)
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    """Whether two nodes are matrices of the same dtype and sizes."""
+    x, y = tensor(a), tensor(b)
+    if x is None or y is None or x.dtype != y.dtype or not x.dim() == y.dim() == 2:
         return False
-    return all(same_size(a, b) and same_size(a, c) for a, b, c in zip(x.shape, y.shape, z.shape, strict=True))
+    return all(same_size(n, m) for n, m in zip(x.shape, y.shape, strict=True))
 
 
 def _add_up_once(products: Sequence[fx.Node], joined: fx.Node, weight: fx.Node) -> None:
-    """Replace the sum of these products, which are in their order, by one product."""
-    *others, last = products
-    if calls(last, aten.addmm):
-        first = products[0]
-        addend = () if calls(first, aten.mm) else (first.args[0],)
-        with last.graph.inserting_before(last):
-            made = call_like(last, first.target, *addend, joined, weight)
-        last.replace_all_uses_with(made)
-        for node in reversed(products):
+    """Replace the sum of these products by one product: each but the last of the sum is taken out, the last is made of all."""
+    left = sorted(products, key=lambda product: (_sum_with(product), product))
+    while len(left) > 1:
+        product = left.pop(0)
+        if product.target is _addmm:
+            product.replace_all_uses_with(product.args[0])  # type: ignore[arg-type]
+            product.graph.erase_node(product)
+            continue
+        term = _term(product)
+        (total,) = term.users
+        if total.target is _addmm:
+            # It was innermost; now the product that it was added to is.
+            with total.graph.inserting_before(total):
+                rest = call_like(total, _mm, *total.args[1:3])
+            left[left.index(total)] = rest
+        else:
+            (rest,) = (node for node in total.all_input_nodes if node is not term)
+        total.replace_all_uses_with(rest)
+        for node in dict.fromkeys((total, term, product)):
             node.graph.erase_node(node)
-        return
+    (last,) = left
     with last.graph.inserting_before(last):
-        made = call_like(last, aten.mm.default, joined, weight)
+        made = call_like(last, last.target, *last.args[: len(last.args) - 2], joined, weight)
     last.replace_all_uses_with(made)
     last.graph.erase_node(last)
-    for product in others:
-        (term,) = product.users
-        (total,) = term.users
-        (rest,) = (node for node in total.all_input_nodes if node is not term)
-        total.replace_all_uses_with(rest)
-        for node in (total, term, product):
-            node.graph.erase_node(node)
 
 
 def _one_each(
@@ -397,7 +445,10 @@ def _one_each(
 
 def _rows_multiplied(gradient: fx.Node) -> list[fx.Node]:
     transposed = [user for user in gradient.users if _transposes(user)]
-    return [node for user in transposed for node in user.users if calls(node, aten.mm) and node.args[0] is user is not node.args[1]]
+    products = [
+        node for user in transposed for node in user.users if node.target is _mm and node.args[0] is user is not node.args[1]
+    ]
+    return [node for node in products if node.meta["val"].dtype == gradient.meta["val"].dtype]
 
 
 def _rows_summed(gradient: fx.Node) -> list[fx.Node]:

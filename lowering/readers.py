@@ -17,7 +17,7 @@ _ANY_STRIDES = (aten.mm, aten.addmm, aten.bmm, aten.sum, aten.cat, torch.ops.var
 def take_any_strides(readers: Iterable[fx.Node], results: bool = False) -> bool:
     """Whether these nodes, and those that read views which they make, ask for no strides, as kernels of the user's may do.
 
-    Without ``results`` the output of the graph is none of them: whoever gets two results of one memory might change one in place.
+    Without ``results`` the output of the graph is none of them.
     """
     return all(_takes_any_strides(node) or (results and node.op == "output") for node in _past_views(readers))
 

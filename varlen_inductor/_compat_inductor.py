@@ -76,7 +76,9 @@ def results_of_the_user(graph: fx.Graph) -> frozenset[int]:
     """
     output = graph.output_node()
     places = output.meta.get("user_visible_output_idxs")
-    return frozenset(range(len(pytree.tree_leaves(output.args[0]))) if places is None else places)
+    # Where Inductor is told not to keep the strides of results it says that there are none of the user's.
+    said = all(inductor_setting(name) for name in ("keep_output_stride", "bw_outputs_user_visible"))
+    return frozenset(places if said and places is not None else range(len(pytree.tree_leaves(output.args[0]))))
 
 
 @contextlib.contextmanager

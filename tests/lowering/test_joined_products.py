@@ -15,14 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from varlen_inductor import config
+from varlen_inductor import _compat_inductor, config
 from varlen_inductor.backend import varlen_inductor as backend
-from varlen_inductor.lowering import after_grad
+from varlen_inductor.lowering import after_grad, joined_gradients, joined_products
 from varlen_inductor.lowering.joined_products import MOST_NUMBERS, join_products
 
 aten, ops = torch.ops.aten, torch.ops.varlen_inductor
-T, E, H = 12, 16, 2
-OFFSETS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+T, E, H = 96, 16, 2
+LONGEST = 64
+OFFSETS = torch.tensor([0, 29, 29, 93, 96], dtype=torch.int32)
 
 
 def traced(function: Callable[..., Any], operands: list[Tensor], packed: bool = True, user: bool = True) -> fx.GraphModule:
@@ -77,6 +78,7 @@ class Three:
     use: Callable[[Tensor, Tensor, Tensor], Any] = lambda q, k, v: (q.sin() * k).sum(0) + v.cos().sum(0)
     user: bool = True
     packed: bool = True
+    attends: bool = True
     scale: float = 1.0
 
     def operands(self) -> list[Tensor]:
@@ -94,7 +96,15 @@ class Three:
                 continue
             b = b if self.stored == self.dtype else torch.ops.prims.convert_element_type(b, self.dtype)
             made.append(aten.addmm(b, x, weight, alpha=self.scale))
-        return self.use(*made)
+        result = self.use(*made)
+        return (result, attend(x)) if self.attends else result
+
+
+def attend(x: Tensor) -> Tensor:
+    """An attention of rows ``x``, by which they are known to be packed."""
+    heads = x[:, :8].view(-1, 1, 8)
+    offsets = x.new_zeros(3, dtype=torch.int32)
+    return ops.varlen_attn(heads, heads, heads, offsets, offsets, LONGEST, LONGEST, kernels="cpu")[0].sum()
 
 
 PLAIN = Three()
@@ -111,6 +121,8 @@ JOINED = {
     "one is not used": (replace(PLAIN, use=lambda q, k, v: q * k), 1, 1),
 }
 APART = {
+    "no attention": replace(PLAIN, attends=False),
+    "weights with more rows than are multiplied": replace(PLAIN, widths=(40, 40, 24), use=lambda q, k, v: (q * k).sum() + v.sin()),
     "too wide": replace(PLAIN, operand=MOST_NUMBERS // (3 * E) // 8 * 8 + 8),
     "not aligned": replace(PLAIN, widths=(E + 1, E + 1, E + 1)),
     "rows of a known number": replace(PLAIN, packed=False),
@@ -140,28 +152,141 @@ def test_stays_on_another_device() -> None:
     assert join_products(traced(PLAIN, PLAIN.operands()).graph) == 0
 
 
+def test_stays_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compat_inductor, "compiles_ahead_of_time", lambda: True)
+    check(traced(PLAIN, PLAIN.operands()), PLAIN.operands(), 0, 3)
+
+
+def test_results_whose_strides_inductor_does_not_keep() -> None:
+    """It then says of none that it is the user's."""
+    three = replace(PLAIN, use=lambda q, k, v: (q, k, v), user=False)
+    with inductor.patch(keep_output_stride=False):
+        check(traced(three, three.operands(), user=False), three.operands(), 0, 3)
+
+
 def test_other_rows() -> None:
     def other(x: Tensor, *parameters: Tensor) -> Any:
         wq, wk, wv, bq, bk, bv = parameters
         q = aten.addmm(bq, x, aten.permute(wq, [1, 0]))
         k = aten.addmm(bk, q, aten.permute(wk, [1, 0]))
-        return k + aten.addmm(bv, x.sin(), aten.permute(wv, [1, 0]))
+        return k + aten.addmm(bv, x.sin(), aten.permute(wv, [1, 0])), attend(x)
 
     check(traced(other, PLAIN.operands()), PLAIN.operands(), 0, 3)
 
 
+def test_something_is_multiplied_in_between() -> None:
+    """What is made of rows earlier would be held longer."""
+
+    def between(x: Tensor, *parameters: Tensor) -> Any:
+        wq, wk, wv, bq, bk, bv = parameters
+        q = aten.addmm(bq, x, aten.permute(wq, [1, 0]))
+        k = aten.addmm(bk, q.sin(), aten.permute(wk, [1, 0]))
+        return k + aten.addmm(bv, x, aten.permute(wv, [1, 0])), attend(x)
+
+    check(traced(between, PLAIN.operands()), PLAIN.operands(), 0, 3)
+
+
+def test_not_transposed_weights() -> None:
+    def straight(x: Tensor, *parameters: Tensor) -> Any:
+        return sum(aten.mm(x, w).sum() for w in parameters[:3]), attend(x)
+
+    check(traced(straight, PLAIN.operands()), PLAIN.operands(), 0, 3)
+
+
+@pytest.mark.skipif(not hasattr(aten.mm, "dtype"), reason="this PyTorch has no products in another dtype")
+def test_products_in_another_dtype() -> None:
+    def other(x: Tensor, *parameters: Tensor) -> Any:
+        return sum(aten.mm.dtype(x, aten.permute(w, [1, 0]), torch.float32).sum() for w in parameters[:3]), attend(x)
+
+    gm = traced(other, replace(PLAIN, dtype=torch.bfloat16, stored=torch.bfloat16).operands())
+    before = lines(gm)
+    assert join_products(gm.graph, "cpu") == 0
+    assert lines(gm) == before
+
+
 def test_weights_that_are_written_to() -> None:
     def writes(x: Tensor, *parameters: Tensor) -> Any:
-        out = PLAIN(x, *parameters)
-        parameters[1].copy_(parameters[0] * 2)
-        return out
+        wq, wk, wv = parameters[:3]
+        q = aten.mm(x, aten.permute(wq, [1, 0]))
+        wk.copy_(wq * 2)
+        k = aten.mm(x, aten.permute(wk, [1, 0]))
+        v = aten.mm(x, aten.permute(wv, [1, 0]))
+        return q.sum() + (k * v).sum(), attend(x)
 
     gm = traced(writes, PLAIN.operands())
-    assert join_products(gm.graph, "cpu") == 1  # query and value
+    assert join_products(gm.graph, "cpu") == 1
     gm.recompile()
+    assert products(gm) == 2  # query and value together, key
     ours, theirs = PLAIN.operands(), PLAIN.operands()
     torch.testing.assert_close(gm(*ours), writes(*theirs))
     torch.testing.assert_close(ours, theirs)
+
+
+def cats(gm: fx.GraphModule) -> list[int]:
+    """How many tensors each concatenation has."""
+    return [len(node.args[0]) for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default)]
+
+
+def pairs(*layers: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
+    """Two products in each layer, with the weights that it takes, and one product between layers."""
+
+    def graph(x: Tensor, *parameters: Tensor) -> Any:
+        for layer in layers:
+            made = [aten.mm(x, aten.permute(w, [1, 0])) for w in layer(list(parameters))]
+            x = aten.mm(x, (made[0].sin() + made[1]).sum() * parameters[0])
+        return x, attend(x)
+
+    return graph
+
+
+def test_weights_of_all_layers_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = PLAIN.operands()
+    function = pairs(lambda w: w[:2], lambda w: w[1:3], lambda w: w[:2])
+    gm = traced(function, operands)
+    check(gm, operands, 3, 6)
+    assert cats(gm) == [4]  # of two pairs, one of them used twice
+    monkeypatch.setattr(joined_products, "MOST_COPIED", 4 * E * E - 1)
+    gm = traced(function, operands)
+    check(gm, operands, 3, 6)
+    assert cats(gm) == [2, 2]
+
+
+def test_weights_of_several_kinds() -> None:
+    """What is next to each other and alike is copied together."""
+    operands = PLAIN.operands()
+    operands[3] = operands[3].repeat(1, 2)[:, : E + 8]
+    operands[0] = operands[0].repeat(1, 2)[:, : E + 8]
+    gm = traced(_first_columns, operands)
+    assert join_products(gm.graph, "cpu") == 3
+    gm.graph.lint()
+    gm.recompile()
+    assert cats(gm) == [2, 2, 2]
+    torch.testing.assert_close(gm(*operands), _first_columns(*operands))
+
+
+def _first_columns(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, *biases: Tensor) -> Any:
+    """Products with weights of two widths in turns."""
+    narrow = x[:, :E].sin()
+    one = aten.mm(narrow, aten.permute(wq, [1, 0])) + aten.mm(narrow, aten.permute(wk, [1, 0]))
+    two = aten.mm(x, aten.permute(wv, [1, 0])) + aten.mm(x, aten.permute(wv, [1, 0]))
+    last = one.cos()
+    three = aten.mm(last, aten.permute(wk, [1, 0])) + aten.mm(last, aten.permute(wq, [1, 0]))
+    return two + three, attend(x)
+
+
+def test_converted_weights_of_two_layers() -> None:
+    """Those that two layers share are put side by side once."""
+
+    def graph(x: Tensor, *parameters: Tensor) -> Any:
+        wq, wk = (torch.ops.prims.convert_element_type(w, torch.float64) for w in parameters[:2])
+        for _ in range(2):
+            x = aten.mm(x, aten.permute(wq, [1, 0])).sin() * aten.mm(x, aten.permute(wk, [1, 0]))
+        return x, attend(x)
+
+    three = replace(PLAIN, stored=torch.float32)
+    gm = traced(graph, three.operands())
+    check(gm, three.operands(), 2, 2)
+    assert cats(gm) == [2]
 
 
 def test_weights_are_not_results_of_other_operators() -> None:
@@ -179,7 +304,9 @@ def test_layers() -> None:
         for i in (0, 6):
             q, k, v = (aten.addmm(b, x, aten.permute(w, [1, 0])) for w, b in zip(parameters[i : i + 3], parameters[i + 3 : i + 6]))
             q, k, v = (y.view(-1, H, E // H) for y in (q, k, v))
-            x = ops.varlen_attn(q, k, v, offsets, offsets, 7, 7, kernels="cpu")[0].view(-1, E) + aten.mm(first, parameters[i])
+            x = ops.varlen_attn(q, k, v, offsets, offsets, LONGEST, LONGEST, kernels="cpu")[0].view(-1, E) + aten.mm(
+                first, aten.permute(parameters[i], [1, 0])
+            )
         return x
 
     operands = [PLAIN.operands()[0], OFFSETS, *(y.clone() for _ in range(2) for y in PLAIN.operands()[1:])]
@@ -208,23 +335,25 @@ view_2 = aten.view.default(slice_tensor_6, [-1, 2, 8])
 varlen_attn = varlen_inductor.varlen_attn.default(view, view_1, view_2, arg1_1, arg1_1)
 getitem = getitem(varlen_attn, 0)
 view_3 = aten.view.default(getitem, [-1, 16])
-mm = aten.mm.default(arg0_1, arg2_1)
+permute_3 = aten.permute.default(arg2_1, [1, 0])
+mm = aten.mm.default(arg0_1, permute_3)
 add = aten.add.Tensor(view_3, mm)
-permute_3 = aten.permute.default(arg8_1, [1, 0])
+permute_4 = aten.permute.default(arg8_1, [1, 0])
 permute_default_1 = aten.permute.default(slice_tensor_1, [1, 0])
 addmm_default_1 = aten.addmm.default(slice_tensor_3, add, permute_default_1)
 slice_tensor_7 = aten.slice.Tensor(addmm_default_1, 1, 0, 16)
 slice_tensor_8 = aten.slice.Tensor(addmm_default_1, 1, 16, 32)
 slice_tensor_9 = aten.slice.Tensor(addmm_default_1, 1, 32, 48)
-permute_4 = aten.permute.default(arg9_1, [1, 0])
-permute_5 = aten.permute.default(arg10_1, [1, 0])
+permute_5 = aten.permute.default(arg9_1, [1, 0])
+permute_6 = aten.permute.default(arg10_1, [1, 0])
 view_4 = aten.view.default(slice_tensor_7, [-1, 2, 8])
 view_5 = aten.view.default(slice_tensor_8, [-1, 2, 8])
 view_6 = aten.view.default(slice_tensor_9, [-1, 2, 8])
 varlen_attn_1 = varlen_inductor.varlen_attn.default(view_4, view_5, view_6, arg1_1, arg1_1)
 getitem_3 = getitem(varlen_attn_1, 0)
 view_7 = aten.view.default(getitem_3, [-1, 16])
-mm_1 = aten.mm.default(arg0_1, arg8_1)
+permute_7 = aten.permute.default(arg8_1, [1, 0])
+mm_1 = aten.mm.default(arg0_1, permute_7)
 add_1 = aten.add.Tensor(view_7, mm_1)""",
     )
 
@@ -235,18 +364,20 @@ add_1 = aten.add.Tensor(view_7, mm_1)""",
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def backward(place: Callable[..., Any], heads_k: int = H) -> tuple[fx.GraphModule, list[Tensor]]:
+def backward(
+    place: Callable[..., Any], heads_k: int = H, dtype: torch.dtype = torch.float64
+) -> tuple[fx.GraphModule, list[Tensor]]:
     """The graph of what ``place`` makes of three gradients, of a matrix to add to, of rows and of three weights."""
     torch.manual_seed(0)
     width = E // H
     shapes = (T, H, width), (T, H, width), (T, heads_k, width), (T, heads_k, width)
-    grad, query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    out, lse, rng = ops.varlen_attn(query, key, value, OFFSETS, OFFSETS, 7, 7)
-    residual, rows = torch.randn(T, E, dtype=torch.float64), torch.randn(T, E, dtype=torch.float64)
-    weights = [torch.randn(n * width, E, dtype=torch.float64) for n in (H, heads_k, heads_k)]
+    grad, query, key, value = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    out, lse, rng = ops.varlen_attn(query, key, value, OFFSETS, OFFSETS, LONGEST, LONGEST)
+    residual, rows = torch.randn(T, E, dtype=dtype), torch.randn(T, E, dtype=dtype)
+    weights = [torch.randn(n * width, E, dtype=dtype) for n in (H, heads_k, heads_k)]
 
     def graph(grad: Tensor, residual: Tensor, rows: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, *others: Tensor) -> Any:
-        gradients = ops.varlen_attn_backward(grad, None, *others, others[-1], 7, 7, kernels="cpu")
+        gradients = ops.varlen_attn_backward(grad, None, *others, others[-1], LONGEST, LONGEST, kernels="cpu")
         return place([x.reshape(rows.shape[0], -1) for x in gradients], residual, rows, [wq, wk, wv])
 
     operands = [grad, residual, rows, *weights, out, lse, rng, query, key, value, OFFSETS]
@@ -259,6 +390,32 @@ def of_rows(gradients: Gradients, residual: Tensor | None, weights: list[Tensor]
         residual = aten.mm(gradients[i], weight) if residual is None else aten.addmm(residual, gradients[i], weight)
     assert residual is not None
     return residual
+
+
+def added(
+    gradients: Gradients, residual: Tensor | None, weights: list[Tensor], convert: bool = False, order: str = "r012"
+) -> Tensor:
+    """The same, added by operators of their own; ``order`` is that of the sum, brackets in it are sums that are added."""
+    terms = {str(i): aten.mm(g, w) for i, (g, w) in enumerate(zip(gradients, weights, strict=True))}
+    if convert:
+        terms = {i: torch.ops.prims.convert_element_type(term, torch.float32) for i, term in terms.items()}
+    if residual is not None:
+        terms["r"] = residual.float() if convert else residual
+    total: list[list[Tensor]] = [[]]
+    for each in order:
+        if each == "(":
+            total.append([])
+            continue
+        term = sum_of(total.pop()) if each == ")" else terms[each]
+        total[-1].append(term)
+    return sum_of(total[0])
+
+
+def sum_of(terms: list[Tensor]) -> Tensor:
+    first, *rest = terms
+    for each in rest:
+        first = aten.add(first, each)
+    return first
 
 
 def of_weights(gradients: Gradients, rows: Tensor) -> list[Tensor]:
@@ -274,6 +431,16 @@ SIDE_BY_SIDE: dict[str, tuple[Callable[..., Any], int]] = {
     "no residual": (lambda g, r, x, w: (of_rows(g, None, w), of_weights(g, x), of_biases(g)), 2),
     "another order": (lambda g, r, x, w: (of_rows(g, r, w, (1, 0, 2)), of_weights(g, x)), 2),
     "frozen": (lambda g, r, x, w: of_rows(g, r, w), 1),
+    "added": (lambda g, r, x, w: (added(g, r, w), of_weights(g, x)), 2),
+    "added, converted": (lambda g, r, x, w: (added(g, r, w, True), of_weights(g, x)), 2),
+    "added, in another order": (lambda g, r, x, w: added(g, r, w, order="2r10"), 1),
+    "added to nothing": (lambda g, r, x, w: added(g, None, w, order="120"), 1),
+    "added to nothing, converted": (lambda g, r, x, w: added(g, None, w, True, order="021"), 1),
+    "added to a sum": (lambda g, r, x, w: added(g, r, w, order="0(rr)12"), 1),
+    "added with something between": (lambda g, r, x, w: added(g, r, w, order="0r1r2r"), 1),
+    "added, the innermost by itself": (lambda g, r, x, w: of_rows(g, added(g, None, w, order="2"), w, (1, 0)), 1),
+    "added, then another way": (lambda g, r, x, w: aten.add(of_rows(g, r, w, (0, 1)), aten.mm(g[2], w[2])), 1),
+    "added one way, then the other": (lambda g, r, x, w: of_rows(g, aten.add(r, aten.mm(g[0], w[0])), w, (2, 1)), 1),
     "one frozen": (lambda g, r, x, w: (of_rows(g, r, w), of_weights(g, x)[:2], of_biases(g)), 3),
     "other rows for the weights": (lambda g, r, x, w: (of_rows(g, r, w), of_weights(g, x)[:2], of_weights(g, x.sin())[2]), 4),
     "sums in different forms": (lambda g, r, x, w: (of_rows(g, r, w), of_biases(g)[0], g[1].sum(0), g[2].sum(0)), 1),
@@ -282,7 +449,20 @@ SIDE_BY_SIDE: dict[str, tuple[Callable[..., Any], int]] = {
 LEFT: dict[str, tuple[Callable[..., Any], int]] = {
     "one sum is used in between": (lambda g, r, x, w: (of_rows(g, s := of_rows(g[:1] + g[:2], r, w, (0,)), w, (1, 2)), s), 3),
     "one is not multiplied": (lambda g, r, x, w: (of_rows(g, r, w, (1, 0)), g[2].sum(0)), 2),
-    "added otherwise": (lambda g, r, x, w: of_rows(g, r, w, (0,)) + of_rows(g, None, w, (1, 2)), 3),
+    "two sums": (lambda g, r, x, w: of_rows(g, r, w, (0,)) + of_rows(g, None, w, (1, 2)), 3),
+    "a sum of two sums": (lambda g, r, x, w: added(g, r, w, order="(r0)(12)"), 3),
+    "one is read, too": (lambda g, r, x, w: (of_rows(g, y := aten.mm(g[0], w[0]), w, (1, 2)), y.sin()), 3),
+    "a sum so far is read, too": (
+        lambda g, r, x, w: (aten.add(y := aten.add(r, aten.mm(g[0], w[0])), aten.mm(g[1], w[1])), y.sin(), g[2].sum(0)),
+        2,
+    ),
+    "subtracted": (lambda g, r, x, w: aten.sub(of_rows(g, r, w, (0, 1)), aten.mm(g[2], w[2])), 3),
+    "scaled": (lambda g, r, x, w: aten.add(of_rows(g, r, w, (0, 1)), aten.mm(g[2], w[2]), alpha=2), 3),
+    "added to a row": (lambda g, r, x, w: of_rows(g, r[0], w), 3),
+    "multiplied with a product": (
+        lambda g, r, x, w: aten.addmm(r, aten.mm(g[0], w[0]), w[1]) + aten.mm(g[1], w[1]) + aten.mm(g[2], w[2]),
+        4,
+    ),
     "a gradient is a result": (lambda g, r, x, w: (of_rows(g, r, w), g[1]), 3),
     "a gradient is multiplied twice": (lambda g, r, x, w: (of_rows(g, r, w), aten.mm(g[1], w[0])), 4),
     "weights only": (lambda g, r, x, w: of_weights(g, x), 3),
@@ -299,6 +479,43 @@ def test_gradients_side_by_side(case: str) -> None:
 def test_gradients_stay_apart(case: str) -> None:
     place, left = LEFT[case]
     check(*backward(place), 0, left)
+
+
+def test_gradients_stay_on_another_device() -> None:
+    assert join_products(backward(SIDE_BY_SIDE["all"][0])[0].graph) == 0
+
+
+def test_gradients_of_a_kernel_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_gradients, "writes_in_place", lambda attention: False)
+    gm, operands = backward(SIDE_BY_SIDE["all"][0])
+    check(gm, operands, 0, 6)
+
+
+@pytest.mark.parametrize("limit", [3 * E * E, 3 * E * E - 1])
+def test_gradients_of_wide_weights(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_products, "MOST_NUMBERS", limit)
+    check(*backward(SIDE_BY_SIDE["all"][0]), *((1, 2) if limit == 3 * E * E else (0, 6)))
+
+
+@pytest.mark.skipif(not hasattr(aten.mm, "dtype"), reason="this PyTorch has no products in another dtype")
+def test_gradients_of_weights_in_another_dtype() -> None:
+    """They stay what they are; the gradient of the rows is one product."""
+
+    def place(g: Gradients, r: Tensor, x: Tensor, w: list[Tensor]) -> Any:
+        return of_rows(g, r, w), [aten.mm.dtype(aten.permute(y, [1, 0]), x, torch.float32) for y in g]
+
+    gm, _ = backward(place, dtype=torch.bfloat16)
+    assert join_products(gm.graph, "cpu") == 1
+    assert [n.meta["val"].dtype for n in gm.graph.nodes if n.target is aten.mm.dtype] == [torch.float32] * 3
+    assert products(gm) == 1
+
+
+def test_a_product_without_readers() -> None:
+    gm, _ = backward(lambda g, r, x, w: (added(g, r, w), aten.mm(g[0], w[0])))
+    dead = gm.graph.output_node().args[0][1]
+    gm.graph.output_node().args = ((gm.graph.output_node().args[0][0],),)
+    assert not dead.users
+    assert join_products(gm.graph, "cpu") == 0
 
 
 def test_shared_heads() -> None:
@@ -378,7 +595,7 @@ def test_in_a_packed_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(after_grad, "PASSES", tuple(counted if each is join_products else each for each in after_grad.PASSES))
     torch.manual_seed(0)
     model = Model(way)
-    x, valid = torch.randn(4, 24, E), torch.arange(24) < torch.tensor([24, 3, 9, 1])[:, None]
+    x, valid = torch.randn(4, 64, E), torch.arange(64) < torch.tensor([64, 3, 29, 1])[:, None]
     compiled = torch.compile(model, backend=backend)
 
     def step(program: Callable[..., Tensor]) -> dict[str, Tensor]:
