@@ -19,7 +19,7 @@ from torch import fx
 from . import recompute
 from .dims import Size, as_size
 from .domain import Domain
-from .oprules import Typing, op_name
+from .oprules import LOSSES_OF_TOKENS, Args, Typing, op_name
 from .outputs import Outputs
 from .packed_view import Crossing, PackedView, Plan, Region
 from .site import attention_of
@@ -136,16 +136,17 @@ class Builder:
         if attention_of(node) is not None:
             self._padded[node] = self.emit_site(self, node)
             self._taint(node)
-        elif op_name(node) == "cross_entropy_loss" and self._reads_unknown_rows(node):
+        elif op_name(node) in LOSSES_OF_TOKENS and self._reads_unknown_rows(node):
             self._padded[node] = self._loss(node, self.views[self.region_of[node.args[0]].domain])  # type: ignore[index]
         else:
             self._copy(node)
 
     def _reads_unknown_rows(self, node: fx.Node) -> bool:
-        """Whether the first operand is packed and nobody knows its padded rows. (Known ones may count in a loss.)"""
+        """Whether the rows of the first operand are reduced, are packed, and nobody knows padded ones. (Known ones may count.)"""
         source = node.args[0]
         region = self.region_of.get(source)  # type: ignore[arg-type]
-        return region is not None and not region.pad_values.known(source)  # type: ignore[arg-type]
+        reduced = Args(node, self.table)["reduction"] != 0
+        return reduced and region is not None and not region.pad_values.known(source)  # type: ignore[arg-type]
 
     def _loss(self, node: fx.Node, view: PackedView) -> fx.Node:
         """Cross entropy over packed rows; dead rows are ignored by their label.
@@ -153,14 +154,11 @@ class Builder:
         Sound where the analysis found (and the plan checks) that all padded rows are ignored, so that a mean has the same
         denominator.
         """
-        names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-        given: dict[str, Any] = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
-        given.update(zip(names, node.args), **node.kwargs)
-        target = view.packed(given["target"])
+        given = Args(node, self.table)
         alive = view.helper("alive", view.alive)
-        labels = self.call(aten.where.ScalarOther, alive, target, given["ignore_index"])
-        rest = [self.padded(x) if isinstance(x, fx.Node) else x for x in (given[n] for n in names[2:])]
-        return self.call(aten.cross_entropy_loss.default, view.packed(given["self"]), labels, *rest)
+        labels = self.call(aten.where.ScalarOther, alive, view.packed(given["target"]), given["ignore_index"])
+        rest = [self.padded(x) if isinstance(x, fx.Node) else x for x in (given[n] for n in given.names[2:])]
+        return self.call(node.target, view.packed(given["self"]), labels, *rest)
 
     def _emit_packed(self, node: fx.Node, region: Region) -> bool:
         view = self.views[region.domain]

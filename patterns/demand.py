@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .dims import Dims, leaves
-from .domain import Domain, layout_of, touches
-from .oprules import Args, Typing, is_tensor, op_name
+from .dims import Dims, as_size, leaves
+from .domain import Domain, layout_of, token_dims, touches
+from .oprules import LOSSES_OF_TOKENS, Args, Typing, is_tensor, op_name
 from .padvalue import PadValues
 from .site import attention_of
 
@@ -28,8 +28,8 @@ from .site import attention_of
 class Read:
     """A use of some rows that is harmless if the data says so.
 
-    ``kind``: ``"position"`` reads position ``position`` of every sequence; ``"index"`` reads the positions that ``node``'s index
-    tensor names; ``"loss"`` reads the rows whose label is not ``ignore_index``.
+    ``kind``: ``"position"`` reads position ``position`` of every sequence; ``"index"`` and ``"gather"`` read the positions that
+    ``node``'s index tensor names; ``"loss"`` reads the rows whose label is not ``ignore_index``.
     """
 
     kind: str
@@ -81,7 +81,7 @@ _SIZES = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset"}
 # Operations that move tokens to other positions: what follows is no longer aligned with the mask.
 _MOVES_TOKENS = frozenset(
     "flip roll sort topk argsort gather index index_select scatter scatter_add index_put index_add slice cat concat narrow repeat "
-    "constant_pad_nd pad chunk split split_with_sizes tensor_split cummax cummin".split()
+    "constant_pad_nd pad chunk split split_with_sizes tensor_split cummax cummin glu".split()
 )
 
 
@@ -273,10 +273,12 @@ class _Walk:
                 return Demand(reads=frozenset({Read("position", user, index)}))
         if name == "slice" and is_tensor(user):
             return self._short_slice(user, node)
-        if name == "cross_entropy_loss" and user.args[0] is node:
+        if name in LOSSES_OF_TOKENS and user.args[0] is node:
             return self._loss(user, node)
         if name == "index" and user.args[0] is node:
             return self._indexed(user, node)
+        if name == "gather" and user.args[0] is node:
+            return self._gathered(user, node)
         return None
 
     def _weighed_by_zero(self, user: fx.Node, node: fx.Node) -> bool:
@@ -350,6 +352,18 @@ class _Walk:
         rows, positions = indices
         if not isinstance(rows, fx.Node) or not isinstance(positions, fx.Node) or rows.target is not torch.ops.aten.arange.default:
             return None
-        if positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point():
+        if positions.meta["val"].dim() != 1 or positions.meta["val"].is_floating_point() or node in ancestors_of(positions):
             return None
         return Demand(reads=frozenset({Read("index", user)}))
+
+    def _gathered(self, user: fx.Node, node: fx.Node) -> Demand | None:
+        """``x.gather(1, last)``: one position per sequence.
+
+        Not more: where one of many is padded in every batch (pointers into padding), the padded graph would always run.
+        """
+        a = Args(user, self.table)
+        index, dims = a["index"], self.table[node].dims
+        dim, tokens = a["dim"] % len(dims), token_dims(dims, self.domain)
+        if tokens is None or dim != tokens[1] or as_size(index.meta["val"].shape[dim]) != 1 or node in ancestors_of(index):
+            return None
+        return Demand(reads=frozenset({Read("gather", user)}))

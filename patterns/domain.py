@@ -128,6 +128,15 @@ def layout_of(dims: Dims, domain: Domain) -> Layout | None:
     return Layout(tuple(order), tuple(counts))
 
 
+def token_dims(dims: Dims, domain: Domain) -> tuple[int | None, int] | None:
+    """The dimensions of batch (None for a batch of one) and position, where each is a whole dimension of its own."""
+    batch = [i for i, dim in enumerate(dims) if domain.batch and leaves(dim) == domain.batch]
+    position = [i for i, dim in enumerate(dims) if leaves(dim) == domain.position]
+    if layout_of(dims, domain) is None or not position or (domain.batch and not batch):
+        return None
+    return batch[0] if batch else None, position[0]
+
+
 def partial_layout(dims: Dims, domain: Domain) -> tuple[str, int] | None:
     """``("s", i)`` or ``("b", i)`` when the tensor varies with only the position or only the batch, as all of dimension ``i``."""
     found: list[tuple[str, int]] = []

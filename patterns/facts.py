@@ -16,8 +16,8 @@ from torch import fx
 from varlen_inductor import _compat
 
 from .demand import Read, ancestors_of
-from .dims import as_size
-from .domain import Domain
+from .dims import Dims, as_size
+from .domain import Domain, token_dims
 from .oprules import Args, Typing, is_tensor, op_name
 from .regions import Choice
 from .site import attention_of
@@ -171,6 +171,14 @@ def _harmless(read: Read, domain: Domain, table: dict[fx.Node, Typing]) -> Fact:
 
         return Fact(f"the position that {read.node.name} reads in every sequence is valid ({text})", emit_index, domain, read.node)
     a = Args(read.node, table)
+    if read.kind == "gather":
+        dim, index, dims = a["dim"], a["index"], table[a["self"]].dims
+
+        def emit_gather(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
+            valid = _spread(graph, masks[domain], dims, domain, index)
+            return _call(graph, aten.all.default, _call(graph, aten.gather.default, valid, dim, index))
+
+        return Fact(f"the position that {read.node.name} reads in every sequence is valid ({text})", emit_gather, domain, read.node)
     target, ignore = a["target"], a["ignore_index"]
 
     def emit_loss(graph: fx.Graph, masks: dict[Domain, fx.Node]) -> fx.Node:
@@ -179,6 +187,22 @@ def _harmless(read: Read, domain: Domain, table: dict[fx.Node, Typing]) -> Fact:
         return _call(graph, aten.all.default, _call(graph, aten.logical_or.default, ignored, valid))
 
     return Fact(f"the labels of {read.node.name} are {ignore} at padded positions ({text})", emit_loss, domain, read.node)
+
+
+def _spread(graph: fx.Graph, mask: fx.Node, dims: Dims, domain: Domain, like: fx.Node) -> fx.Node:
+    """The mask along the batch and the positions of ``dims``, the same over the others, which are as long as in ``like``."""
+    tokens = token_dims(dims, domain)
+    assert tokens is not None
+    batch, position = tokens
+    if batch is None:
+        mask = _call(graph, aten.reshape.default, mask, [-1])
+    elif batch > position:
+        mask = _call(graph, aten.transpose.int, mask, 0, 1)
+    others = [i for i in range(len(dims)) if i not in tokens]
+    for i in others:
+        mask = _call(graph, aten.unsqueeze.default, mask, i)
+    sizes = [_call(graph, aten.sym_size.int, like, i) if i in others else -1 for i in range(len(dims))]
+    return _call(graph, aten.expand.default, mask, sizes)
 
 
 def _check_can_run_first(wanted: fx.Node, written: frozenset[fx.Node], asker: fx.Node | None) -> None:

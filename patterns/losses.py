@@ -7,6 +7,11 @@
 
 A slice of the logits moves no token, but to the packer it is a tensor of other tokens. Over all positions, the last one with a
 label that is ignored, the loss is the same number, and it can be computed on packed rows.
+
+Losses that are a number for each element are that, and then a sum or a mean, of which the packer knows what it needs.
+
+    %l = aten.mse_loss.default(%x, %y)                         %e = aten.mse_loss.default(%x, %y, 0)
+                                                               %l = aten.mean.default(%e)
 """
 
 from __future__ import annotations
@@ -19,12 +24,55 @@ from torch import fx
 
 from varlen_inductor import _compat
 
+from . import recompute
 from .dims import as_size
 from .emit import emit
 from .nodes import arguments, aten, calls, shape
 
+_OF_TOKENS = (aten.cross_entropy_loss, aten.nll_loss_nd)
+_OF_ELEMENTS = (
+    aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss, aten.binary_cross_entropy, aten.kl_div,
+    aten.binary_cross_entropy_with_logits, aten.soft_margin_loss, aten.poisson_nll_loss,
+)  # fmt: skip
+_KEYWORDS = {"log_target"}
+_NONE, _MEAN = 0, 1  # values of `reduction`; the other is a sum
 _FLATTENING = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.contiguous, aten.clone)
 _BATCHED = 3
+
+
+def spell_losses(graph: fx.Graph, written: frozenset[fx.Node]) -> None:
+    """Bring all losses into one spelling, in place; see the module's docstring.
+
+    Args:
+        graph: normalised and functionalised.
+        written: values whose storage is written somewhere; losses of labels that read them stay as they are.
+    """
+    for node in list(graph.nodes):
+        if calls(node, *_OF_ELEMENTS) and arguments(node)["reduction"] != _NONE:
+            _reduce_apart(graph, node)
+    complete_losses(graph, written)
+
+
+def _reduce_apart(graph: fx.Graph, node: fx.Node) -> None:
+    """A loss of elements as a loss without reduction, and the reduction."""
+    given = arguments(node)
+    reduction = aten.mean.default if given["reduction"] == _MEAN else aten.sum.default
+    given["reduction"] = _NONE
+    options = {name: given.pop(name) for name in _KEYWORDS & set(given)}
+    with graph.inserting_before(node):
+        elements = emit(graph, node, node.target, *given.values(), **options)  # type: ignore[arg-type]
+        _as_autocast_has_it(elements, node)
+        reduced = emit(graph, node, reduction, elements)
+    recompute.mark_like((elements, reduced), node)
+    node.replace_all_uses_with(reduced)
+    graph.erase_node(node)
+
+
+def _as_autocast_has_it(made: fx.Node, like: fx.Node) -> None:
+    """The dtype of ``like``, which may be that of autocast, for what was made outside of it."""
+    dtype = like.meta["val"].dtype
+    if made.meta["val"].dtype != dtype:
+        made.meta["val"] = _compat.run_fake(aten.to.dtype, (made.meta["val"], dtype), {})
 
 
 def complete_losses(graph: fx.Graph, written: frozenset[fx.Node]) -> None:
@@ -35,11 +83,11 @@ def complete_losses(graph: fx.Graph, written: frozenset[fx.Node]) -> None:
         written: values whose storage is written somewhere; losses that read them stay as they are.
     """
     for node in list(graph.nodes):
-        if not calls(node, aten.cross_entropy_loss):
+        if not calls(node, *_OF_TOKENS):
             continue
         given = arguments(node)
         logits, target = given["self"], given["target"]
-        if given["reduction"] == 0 or target.meta["val"].is_floating_point() or {logits, target} & written:
+        if given["reduction"] == _NONE or target.meta["val"].is_floating_point() or {logits, target} & written:
             continue
         if len(shape(logits)) == _BATCHED and len(shape(target)) == _BATCHED - 1:
             _flatten(graph, node, logits, target)
@@ -95,9 +143,7 @@ def _complete(graph: fx.Graph, node: fx.Node, written: frozenset[fx.Node]) -> No
 def _again(graph: fx.Graph, link: fx.Node, value: fx.Node) -> fx.Node:
     """The operator of ``link`` on all positions; its dtype may be autocast's."""
     made = emit(graph, link, link.target, value, *link.args[1:], **link.kwargs)  # type: ignore[arg-type]
-    dtype = link.meta["val"].dtype
-    if made.meta["val"].dtype != dtype:
-        made.meta["val"] = _compat.run_fake(aten.to.dtype, (made.meta["val"], dtype), {})
+    _as_autocast_has_it(made, link)
     return made
 
 

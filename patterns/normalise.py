@@ -29,7 +29,7 @@ from torch._ops import HigherOrderOperator
 
 from varlen_inductor import _compat
 
-from . import einsum, fused_inference, recompute, written_out
+from . import broadcasts, einsum, fused_inference, recompute, written_out
 from .aliasing import Storages, written_nodes
 from .simplify import drop_identities, drop_unused, inline_numbers
 
@@ -76,6 +76,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         first_line = str(error).strip().split("\n", 1)[0]
         raise NotNormalisable(f"the graph could not be retraced ({type(error).__name__}: {first_line})") from error
     _copy_placeholders(gm, new)
+    _constants_in_mode(new, fake_mode)
+    broadcasts.expand_apart(new.graph)
     _mark_requires_grad(new.graph)
     inline_numbers(new.graph)
     drop_identities(new.graph)
@@ -445,6 +447,15 @@ def _copy_placeholders(gm: fx.GraphModule, new: fx.GraphModule) -> None:
         node.meta = dict(original.meta)
         node.meta.setdefault("val", original.meta.get("example_value"))
     new.recompile()
+
+
+def _constants_in_mode(gm: fx.GraphModule, fake_mode: Any) -> None:
+    """Tensors written out in the model: tracing has noted their values in a fake mode of its own."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = node.meta.get("val")
+        if _compat.is_fake(value) and value.fake_mode is not fake_mode:
+            with fake_mode:
+                node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 _NO_GRADIENT: frozenset[Any] = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default})

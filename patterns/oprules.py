@@ -155,6 +155,8 @@ POINTWISE = frozenset(
     bitwise_or bitwise_xor bitwise_not logical_and logical_or logical_xor logical_not to _to_copy type_as float bool
     clone contiguous detach alias lift_fresh lift_fresh_copy positive conj lerp addcmul addcdiv bernoulli rand_like
     randn_like xlogy logaddexp hypot copysign polar complex real imag angle sgn convert_element_type
+    mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div soft_margin_loss
+    poisson_nll_loss
     """.split()
 )
 # Inputs whose values do not reach the result.
@@ -170,7 +172,7 @@ def _pointwise(a: Args) -> Typing:
     value = a.node.meta["val"]
     shape = value[0].shape if isinstance(value, (tuple, list)) else value.shape
     if any(len(a.dims(x)) > len(shape) for x in tensors):
-        raise DimConflict("not element by element")  # `where` of a condition alone lists indices
+        raise DimConflict("not element by element")  # `where` of a condition alone lists indices; a loss may be reduced
     dims = broadcast([a.dims(x) for x in tensors], shape, a.origin)
     return Typing((dims,) * len(value) if isinstance(value, (tuple, list)) else dims, shape_only=ignored)
 
@@ -262,11 +264,21 @@ def _embedding(a: Args) -> Typing:
     return Typing((*a.dims("indices"), a.dims("weight")[1]), ((a["weight"], 0),))
 
 
+def is_linear(a: Args) -> bool:
+    """Whether a convolution looks at one place at a time."""
+    alone = all(as_size(n) == 1 for n in a["weight"].meta["val"].shape[2:])
+    strides, padding = (a[n] if isinstance(a[n], (list, tuple, str)) else [a[n]] for n in ("stride", "padding"))
+    inside = isinstance(padding, str) or all(n == 0 for n in padding)
+    return alone and inside and all(n == 1 for n in strides) and a["groups"] == 1 and not a.get("transposed")
+
+
 @rule("conv1d", "conv2d", "convolution")
 def _convolution(a: Args) -> Typing:
     x, weight = a.dims("input"), a.dims("weight")
     if len(x) != len(weight):
         raise DimConflict("unbatched convolution")
+    if is_linear(a):
+        return Typing((x[0], weight[0], *x[2:]), ((a["input"], 1), *((a["weight"], i) for i in range(1, len(weight)))))
     spatial = fresh_dims(list(a.shape)[2:], a.origin)
     mixed = tuple((a["input"], i) for i in range(1, len(x))) + tuple((a["weight"], i) for i in range(1, len(weight)))
     return Typing((x[0], weight[0], *spatial), mixed)
@@ -294,7 +306,7 @@ def _layer_norm(a: Args) -> Typing:
     return Typing(x, mixed)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "glu_")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip", "roll")
 def _along(a: Args) -> Typing:
     x = a.dims(0)
     given = a.get("dim", a.get("dims"))
@@ -302,6 +314,14 @@ def _along(a: Args) -> Typing:
     if not over:
         raise DimConflict("over all dimensions")
     return Typing(x, tuple((a[0], _norm_dim(d, len(x))) for d in over))
+
+
+@rule("glu")
+def _glu(a: Args) -> Typing:
+    x = list(a.dims("self"))
+    dim = _norm_dim(a["dim"], len(x))
+    x[dim] = fresh(a.shape[dim], a.origin)
+    return Typing(tuple(x), ((a["self"], dim),))
 
 
 @rule("triu", "tril")
@@ -441,6 +461,26 @@ def _select(a: Args) -> Typing:
     dim = a["dim"] % len(x)
     x.pop(dim)
     return Typing(tuple(x), ((a["self"], dim),))
+
+
+@rule("index")
+def _index(a: Args) -> Typing:
+    """``table[ids]``, ``x[:, ids]``: one dimension is looked up, and the dimensions of the index take its place."""
+    x = a.dims("self")
+    dim, index = looked_up(a)
+    return Typing((*x[:dim], *a.dims(index), *x[dim + 1 :]), ((a["self"], dim),))
+
+
+def looked_up(a: Args) -> tuple[int, fx.Node]:
+    """The one dimension that an advanced index looks up, and the integers that it is looked up with.
+
+    Raises:
+        DimConflict: there are several, or a mask.
+    """
+    found = [(i, x) for i, x in enumerate(a["indices"]) if x is not None]
+    if len(found) != 1 or not is_tensor(found[0][1]) or found[0][1].meta["val"].dtype in (torch.bool, torch.uint8):
+        raise DimConflict("an index of several dimensions, or by a mask")
+    return found[0]
 
 
 @rule("index_select")
@@ -584,15 +624,24 @@ def _attention_site(node: fx.Node, table: Mapping[fx.Node, Typing]) -> Typing:
 
 # --- losses ----------------------------------------------------------------------------------------------------------------
 
+LOSSES_OF_TOKENS = frozenset({"cross_entropy_loss", "nll_loss_nd"})
+"""Losses of labels, of which some may be ignored."""
+
 
 @rule("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 def _cross_entropy(a: Args) -> Typing:
+    """Scores (N, C, ...) and labels (N, ...), or probabilities like the scores. Every row reads all of the weights of classes."""
     x, target = a.dims(0), a.dims("target")
-    if len(x) == 2 and len(target) == 1:
-        _tie(x[0], target[0])
-    none = a["reduction"] == 0
-    mixed = tuple((a[0], i) for i in range(len(x))) + (() if none else tuple((a["target"], i) for i in range(len(target))))
-    return Typing(target if none else (), mixed)
+    classes = min(len(x) - 1, 1)
+    rows = (*x[:classes], *x[classes + 1 :])
+    probabilities = len(target) == len(x)
+    for one, other in zip(x if probabilities else rows, target, strict=True):
+        _tie(one, other)
+    mixed: Mixed = ((a["weight"], 0),) if is_tensor(a["weight"]) else ()
+    if a["reduction"] == 0:
+        mixed += ((a[0], classes), *([(a["target"], classes)] if probabilities else []))
+        return Typing(rows, mixed)
+    return Typing((), mixed + tuple((a[0], i) for i in range(len(x))) + tuple((a["target"], i) for i in range(len(target))))
 
 
 def infer(graph: fx.Graph) -> dict[fx.Node, Typing]:

@@ -90,6 +90,13 @@ def group_of(node: fx.Node) -> int | None:
     return node.meta.get(_KEY)
 
 
+def mark_like(nodes: Iterable[fx.Node], like: fx.Node) -> None:
+    """Note that what takes the place of ``like`` is computed again if that is."""
+    group = group_of(like)
+    if group is not None:
+        mark(nodes, group)
+
+
 # --- out of it again ------------------------------------------------------------------------------------------------------------
 
 

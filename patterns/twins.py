@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .dims import leaves, size_of
-from .oprules import POINTWISE, Args, is_tensor, op_name, permutation
+from .oprules import POINTWISE, Args, is_tensor, looked_up, op_name, permutation
 
 if TYPE_CHECKING:
     from .builder import PackedView
@@ -143,6 +143,16 @@ def _embedding(view: PackedView, node: fx.Node) -> fx.Node:
     return _replay(view, node, indices=view.packed(a["indices"]))
 
 
+@handler("conv1d", "conv2d", "convolution")
+def _convolution(view: PackedView, node: fx.Node) -> fx.Node:
+    """One that looks at one place at a time: a linear over channels."""
+    a, _, x = _self(view, node)
+    channels = _packed_dim(view, a["input"], 1)
+    weight = view.call(aten.flatten.using_ints, view.plain(a["weight"]), 1)
+    bias = view.plain(a["bias"]) if is_tensor(a["bias"]) else None
+    return _moved(view, view.call(aten.linear.default, _moved(view, x, channels, -1), weight, bias), -1, channels)
+
+
 @handler("matmul", "mm", "bmm")
 def _matmul(view: PackedView, node: fx.Node) -> fx.Node:
     a = Args(node, view.table)
@@ -215,7 +225,7 @@ def _along(view: PackedView, node: fx.Node) -> fx.Node:
 
 
 @handler(
-    "slice", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"
+    *"slice narrow select chunk split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split glu".split()
 )
 def _cut(view: PackedView, node: fx.Node) -> fx.Node:
     a, name, x = _self(view, node)
@@ -238,6 +248,26 @@ def _gather(view: PackedView, node: fx.Node) -> fx.Node:
     if view.layout(a["index"]) is None:
         raise NotPackable("its index has no token rows")
     return _replay(view, node, **{name: x, "dim": _packed_dim(view, a[0], a["dim"]), "index": view.packed(a["index"])})
+
+
+@handler("index")
+def _index(view: PackedView, node: fx.Node) -> fx.Node:
+    a = Args(node, view.table)
+    dim, index = looked_up(a)
+    if view.layout(index) is None:
+        _, _, x = _self(view, node)
+        if view.touches(index):
+            raise NotPackable("its index varies with only part of the token")
+        dim = _packed_dim(view, a["self"], dim)
+        return view.call(aten.index.Tensor, x, [*[None] * dim, view.plain(index)])
+    if view.touches(a["self"]):
+        raise NotPackable("its index and what it looks up both vary with the token")
+    rows = view.call(aten.index.Tensor, view.plain(a["self"]), [*[None] * dim, view.packed(index)])
+    return _moved(view, rows, dim, 0)
+
+
+def _moved(view: PackedView, x: fx.Node, source: int, target: int) -> fx.Node:
+    return x if source == target else view.call(aten.movedim.int, x, source, target)
 
 
 @handler("index_select")
@@ -272,6 +302,24 @@ def _pad(view: PackedView, node: fx.Node) -> fx.Node:
     if layout is None or not _tokens_before(layout, len(a["pad"]) // 2):
         raise NotPackable("pads a dimension that holds tokens")
     return _replay(view, node, **{name: x})
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------------
+
+
+@handler("cross_entropy_loss", "nll_loss", "nll_loss_nd")
+def _loss_of_rows(view: PackedView, node: fx.Node) -> fx.Node:
+    """Without a reduction; with one it has no rows."""
+    a, _, x = _self(view, node)
+    target = a["target"]
+    if view.layout(target) is None:
+        raise NotPackable("its labels have no token rows")
+    operands = [_moved(view, x, _packed_dim(view, a[0], 1), 1), view.packed(target)]
+    if target.meta["val"].dim() == a[0].meta["val"].dim():
+        operands[1] = _moved(view, operands[1], _packed_dim(view, target, 1), 1)
+    rest = [view.plain(v) if isinstance(v, fx.Node) else v for v in (a[n] for n in a.names[2:])]
+    packet = aten.cross_entropy_loss if op_name(node) == "cross_entropy_loss" else aten.nll_loss_nd
+    return view.call(packet.default, *operands, *rest)
 
 
 # --- views -----------------------------------------------------------------------------------------------------------------

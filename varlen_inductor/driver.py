@@ -28,7 +28,7 @@ from varlen_inductor.patterns.builder import Builder, Plan
 from varlen_inductor.patterns.domain import Domain
 from varlen_inductor.patterns.emit_attention import AttentionEmitter, SiteRefused
 from varlen_inductor.patterns.functionalise import functionalise, written_storages
-from varlen_inductor.patterns.losses import complete_losses
+from varlen_inductor.patterns.losses import spell_losses
 from varlen_inductor.patterns.masks import NotProven, prove
 from varlen_inductor.patterns.normalise import NotNormalisable, normalise, replace_body
 from varlen_inductor.patterns.site import attention_of, insert_site, remove_site
@@ -274,7 +274,7 @@ def _find_sites(gm: fx.GraphModule, made: report.Report) -> Sites:
             made.notes.append(proof.assumption)
         sites.lines[insert_site(normal.graph, candidate, proof)] = line
     if sites.lines:
-        complete_losses(normal.graph, opaque)
+        spell_losses(normal.graph, opaque)
     return sites
 
 

@@ -17,6 +17,11 @@ from varlen_inductor.patterns.oprules import op_name
 LABELS = torch.zeros(B, S, dtype=torch.long)
 
 
+def _last(v: Tensor, count: int = 1) -> Tensor:
+    """The last valid position of each row, ``count`` times: (B, count, E)."""
+    return (v.sum(1) - 1)[:, None, None].expand(-1, count, E)
+
+
 def demand_on_attention(tail: Callable[..., Any], *more: Tensor, **options: Any) -> Demand:
     """What ``tail(y, valid, *more)`` demands of the padded rows of an attention's result ``y``."""
     x, valid = batch()
@@ -35,6 +40,10 @@ NOTHING_NEEDED: dict[str, Callable[..., Any]] = {
     ),
     "never used": lambda y, v: (y.mean(1), y * v[..., None])[1],
     "overwritten": lambda y, v: torch.where(v[..., None], y, 0.0).amax(1),
+    "a loss of each element": lambda y, v: (F.l1_loss(y, y * 2, reduction="none") * v[..., None]).sum(),
+    "a loss of each position": lambda y, v: (F.cross_entropy(y.transpose(1, 2), LABELS, reduction="none") * v).sum(),
+    "a lookup": lambda y, v: (torch.ones(9, E)[y.long().amax(-1).clamp(0, 8)] * v[..., None]).sum(),
+    "a gate": lambda y, v: (F.glu(y) * v[..., None]).sum(),
     "weighed by zero": lambda y, v: torch.bmm(v.to(y.dtype)[:, None], y),
 }
 
@@ -48,7 +57,7 @@ LEAKS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "mean": (lambda y, v: y.mean(1), "mean", "mixes rows"),
     "over the batch": (lambda y, v: y.sum(0), "sum", "mixes rows"),
     "through a chain": (lambda y, v: (y.exp() + 1).transpose(0, 1).amax(0), "amax", "mixes rows"),
-    "convolution": (lambda y, v: F.conv1d(y.transpose(1, 2), torch.ones(E, E, 1)), "conv1d", "mixes rows"),
+    "convolution": (lambda y, v: F.conv1d(y.transpose(1, 2), torch.ones(E, E, 2)), "conv1d", "mixes rows"),
     "unknown": (lambda y, v: torch.fft.fft(y).real, "fft_fft", "is not known to work row by row"),
     "scores": (lambda y, v: y @ y.transpose(1, 2), "matmul", "does not keep one row per token"),
     "opposite mask": (lambda y, v: (y * (~v)[..., None]).sum(1), "sum", "mixes rows"),
@@ -57,6 +66,13 @@ LEAKS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "moved": (lambda y, v: y + torch.cat([y[:, 1:], y[:, :1]], 1), "slice", "mixes rows"),
     "a long slice": (lambda y, v: y[:, :5].sum(1), "slice", "mixes rows"),
     "every second": (lambda y, v: y[:, ::2].sum(1), "slice", "mixes rows"),
+    "several gathered": (lambda y, v: y.gather(1, _last(v, 2)), "gather", "mixes rows"),
+    "gathered from the batch": (lambda y, v: y.gather(0, torch.zeros(1, S, E).long()), "gather", "mixes rows"),
+    "gathered at what it holds": (lambda y, v: y.gather(1, y[:, :1].long() * 0), "gather", "mixes rows"),
+    "indexed at what it holds": (lambda y, v: y[torch.arange(B), y[:, 0, 0].long() * 0], "index", "is not known"),
+    "looked up": (lambda y, v: y.flatten(0, 1)[LABELS], "index", "mixes rows"),
+    "a gate of positions": (lambda y, v: F.glu(y, 1), "glu", "mixes rows"),
+    "a reduced loss": (lambda y, v: F.mse_loss(y, y * 0), "mean", "mixes rows"),
     "a row of the batch": (lambda y, v: y[0], "select", "mixes rows"),
     "keys without a mask": (lambda y, v: F.scaled_dot_product_attention(y, y, y), "scaled_dot_product_attention", "mixes rows"),
     "weights of other rows": (lambda y, v: v.to(y.dtype) @ y, "matmul", "mixes rows"),
@@ -80,6 +96,12 @@ READS: dict[str, tuple[Callable[..., Any], tuple[tuple[str, int], ...]]] = {
     "from the end": (lambda y, v: y[:, -2:] * 2, (("position", -2), ("position", -1))),
     "heads": (lambda y, v: y.view(B, S, H, -1).transpose(1, 2)[:, :, 3], (("position", 3),)),
     "by index": (lambda y, v: y[torch.arange(B), v.sum(1) - 1], (("index", 0),)),
+    "gathered": (lambda y, v: y.gather(1, _last(v)), (("gather", 0),)),
+    "gathered along heads": (
+        lambda y, v: y.view(B, S, H, -1).transpose(1, 2).gather(2, _last(v)[..., :1, None].expand(-1, H, 1, E // H)),
+        (("gather", 0),),
+    ),
+    "taken along": (lambda y, v: torch.take_along_dim(y, _last(v)[..., :1], 1), (("gather", 0),)),
     "loss": (lambda y, v: F.cross_entropy(y.view(-1, E), LABELS.view(-1)), (("loss", 0),)),
     "loss in three dimensions": (lambda y, v: F.cross_entropy(y.transpose(1, 2), LABELS), (("loss", 0),)),
     "shifted loss": (lambda y, v: F.cross_entropy(y[:, :-1].reshape(-1, E), LABELS[:, 1:].reshape(-1)), (("loss", 0),)),

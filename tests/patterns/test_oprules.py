@@ -51,6 +51,21 @@ KEPT: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "gather": (lambda x: x.gather(2, x.argsort(-1)), "b s e"),
     "embedding": (lambda x: F.embedding(x.long().clamp(0, 4).sum(-1).clamp(0, 4), W), "b s ?"),
     "conv over positions": (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(5, E, 3), padding=1), "b ? ?"),
+    "conv of one": (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(5, E, 1)), "b ? s"),
+    "table": (lambda x: W[x.long().sum(-1).clamp(0, 4)], "b s ?"),
+    "second dimension of a table": (lambda x: W[:, x.long().sum(-1).clamp(0, 3)], "? b s"),
+    "indexed features": (lambda x: x[..., torch.tensor([[0, 1], [2, 3]])], "b s ? ?"),
+    "indexed positions": (lambda x: x[:, torch.tensor([0, 1, 1])], "b ? e"),
+    "two indices": (lambda x: x[torch.arange(B), torch.tensor([0, 1, 1])], "? ?"),
+    "gate": (lambda x: F.glu(x), "b s ?"),
+    "gate of positions": (lambda x: F.glu(x, 1), "b ? e"),
+    "loss of elements": (lambda x: F.mse_loss(x, x * 2, reduction="none"), "b s e"),
+    "loss of labels": (
+        lambda x: F.cross_entropy(x.flatten(0, 1), x.long().sum(-1).clamp(0, 3).flatten(), reduction="none"), "(b s)",
+    ),
+    "loss of labels, classes second": (
+        lambda x: F.cross_entropy(x.transpose(1, 2), x.long().sum(-1).clamp(0, 3), reduction="none"), "b s",
+    ),
     "pad of features": (lambda x: F.pad(x, (0, 2)), "b s ?"),
     "pad of nothing": (lambda x: F.pad(x, (0, 0, 0, 0)) * 1, "b s e"),
     "select scatter": (lambda x: x.select_scatter(x[:, 0] * 2, 1, 3), "b s e"),
@@ -83,7 +98,16 @@ MIXED: dict[str, tuple[Callable[[Tensor], Any], str, set[int]]] = {
     "roll": (lambda x: x.roll(1, 1), "roll", {1}),
     "sort": (lambda x: x.sort(1)[0] * 1, "sort", {1}),
     "repeat": (lambda x: x.repeat(2, 1, 1), "repeat", {0}),
-    "conv": (lambda x: F.conv1d(x, torch.ones(4, S, 1)), "conv1d", {1, 2}),
+    "conv": (lambda x: F.conv1d(x, torch.ones(4, S, 3)), "conv1d", {1, 2}),
+    "conv with strides": (lambda x: F.conv1d(x, torch.ones(4, S, 1), stride=2), "conv1d", {1, 2}),
+    "conv in groups": (lambda x: F.conv1d(x, torch.ones(S, 1, 1), groups=S), "conv1d", {1, 2}),
+    "conv of one": (lambda x: F.conv1d(x, torch.ones(4, S, 1)), "conv1d", {1}),
+    "table": (lambda x: x[torch.tensor([1, 0])] * 1, "index", {0}),
+    "loss of labels": (
+        lambda x: F.cross_entropy(x, x.long().amax(1).clamp(0, 4), reduction="none"), "cross_entropy_loss", {1},
+    ),
+    "reduced loss of labels": (lambda x: F.cross_entropy(x, x.long().amax(1).clamp(0, 4)), "cross_entropy_loss", {0, 1, 2}),
+    "probabilities": (lambda x: F.cross_entropy(x, x, reduction="none"), "cross_entropy_loss", {1}),
     "tril": (lambda x: x.tril(), "tril", {1, 2}),
     "matmul": (lambda x: torch.ones(4, S) @ x, "matmul", {1}),
     "opaque": (lambda x: x.unfold(1, 2, 1) * 1, "unfold", {0, 1, 2}),
@@ -103,6 +127,14 @@ def test_mixed_dimensions(name: str) -> None:
     )
     typing = found.table[found.node(name_here)]
     assert {dim for x, dim in typing.mixed if x is found.inputs[0]} == expected
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_every_row_of_a_loss_reads_all_weights(reduction: str) -> None:
+    given = (torch.randn(B, S), torch.zeros(B).long(), torch.rand(S))
+    found = analysed(lambda x, t, w: F.cross_entropy(x, t, w, reduction=reduction), *given)
+    node = found.node("cross_entropy_loss")
+    assert (node.args[2], 0) in found.table[node].mixed
 
 
 def test_only_the_shape() -> None:

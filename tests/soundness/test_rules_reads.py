@@ -225,8 +225,26 @@ READS = {
     "row-wise before and after": (lambda m, y, v: m.norm(m.linear(y))[:, 0].exp(), {"right": 1, "left": 0}),
     "last valid": (lambda m, y, v: y[torch.arange(BATCH), v.sum(1) - 1], {"right": 1, "left": 0, "empty row": 0}),
     "largest valid position": (lambda m, y, v: _last(y, v), {"right": 1, "left": 1, "holes": 1, "empty row": 0}),
+    "gathered": (lambda m, y, v: y.gather(1, _place(v.sum(1) - 1)), {"right": 1, "left": 0}),
+    "gathered, time first": (lambda m, y, v: y.transpose(0, 1).gather(0, _place(v.sum(1) - 1).swapdims(0, 1)), {"left": 0}),
+    "gathered along heads": (
+        lambda m, y, v: y.view(BATCH, LENGTH, 2, -1).transpose(1, 2).gather(2, _place(v.sum(1) - 1, 8)[:, None].repeat(1, 2, 1, 1)),
+        {"right": 1},
+    ),
+    "gathered scores": (lambda m, y, v: m.score(y).squeeze(-1).gather(1, (v.sum(1, True) - 1)), {"right": 1}),
+    "gathered, part of the features": (lambda m, y, v: y.gather(1, _place(v.sum(1) - 1, 5)).exp(), {"right": 1}),
+    "gathered, part of the batch": (lambda m, y, v: y.gather(1, _place(v.sum(1) - 1)[:2]), {"left": 0}),
+    "taken along": (lambda m, y, v: torch.take_along_dim(y, (v.sum(1) - 1)[:, None, None], 1).squeeze(1), {"right": 1}),
+    "gathered at its largest position": (
+        lambda m, y, v: y.gather(1, _place((v * torch.arange(LENGTH)).argmax(1))), {"holes": 1, "empty row": 0},
+    ),
     "one past the end": (lambda m, y, v: y[torch.arange(BATCH), v.sum(1) % LENGTH], {"right": 0, "left": 0}),
 }
+
+
+def _place(position: Tensor, width: int = WIDTH) -> Tensor:
+    """An index of one position of each sequence, (B, 1, E)."""
+    return position[:, None, None].expand(-1, 1, width)
 
 
 def _last(y: Tensor, valid: Tensor) -> Tensor:
@@ -252,6 +270,23 @@ def test_rule_03_reads(name: str, mask: str, form: str, train: bool) -> None:
         assert "is valid" in result.reasons
     else:
         assert_leaks(result, "may be read")
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_rule_03_many_gathered_positions(batch: int) -> None:
+    """Pointers into padding, as models have that predict a few words: a fact that rarely holds would let all run padded."""
+
+    def body(m: Any, x: Tensor, valid: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.b(m.linear(m.a(x, keys(valid))), keys(valid))
+        return y.gather(1, places[..., None].expand(-1, -1, WIDTH)), y
+
+    valid, places = mask_of("holes", batch), torch.randint(0, LENGTH, (batch, 3))
+    valid[0, 2:9] = False
+    places[:, -1] = 2
+    result = check(body, (hidden(batch), valid, places), (None, valid))
+    assert_leaks(result, "gather")
+    assert result.padded == 0, result.report.table()
+    assert "is valid" not in result.reasons
 
 
 @both_ways
