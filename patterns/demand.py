@@ -10,6 +10,7 @@ The rules are those of the contract on padded rows (docs/contract.md).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .dims import Dims, as_size, leaves
+from .dims import Dims, Size, as_size, leaves
 from .domain import Domain, layout_of, token_dims, touches
 from .oprules import LOSSES_OF_TOKENS, Args, Typing, is_tensor, op_name
 from .padvalue import PadValues
@@ -95,6 +96,22 @@ class Analysis:
 
     def of(self, node: fx.Node) -> Demand:
         return self.demand.get(node, NOTHING)
+
+
+_REPEATS = frozenset(
+    "expand expand_as repeat view reshape unsqueeze squeeze transpose swapaxes swapdims permute clone contiguous".split()
+)
+
+
+def _repeats(node: fx.Node, count: Size) -> bool:
+    """Whether ``node`` shows ``count`` elements, each as often as there is room for."""
+    while op_name(node) in _REPEATS and _elements(node) != count:
+        node = node.args[0]  # type: ignore[assignment]
+    return _elements(node) == count
+
+
+def _elements(node: fx.Node) -> Size:
+    return math.prod((as_size(n) for n in node.meta["val"].shape), start=as_size(1))
 
 
 def dims_of(typing: Typing) -> list[Dims]:
@@ -363,7 +380,11 @@ class _Walk:
         """
         a = Args(user, self.table)
         index, dims = a["index"], self.table[node].dims
-        dim, tokens = a["dim"] % len(dims), token_dims(dims, self.domain)
-        if tokens is None or dim != tokens[1] or as_size(index.meta["val"].shape[dim]) != 1 or node in ancestors_of(index):
+        tokens = token_dims(dims, self.domain)
+        if tokens is None or a["dim"] % len(dims) != tokens[1] or node in ancestors_of(index):
+            return None
+        shape = index.meta["val"].shape
+        sequences = 1 if tokens[0] is None else shape[tokens[0]]
+        if as_size(shape[tokens[1]]) != 1 or not _repeats(index, as_size(sequences)):
             return None
         return Demand(reads=frozenset({Read("gather", user)}))

@@ -67,6 +67,7 @@ LEAKS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "a long slice": (lambda y, v: y[:, :5].sum(1), "slice", "mixes rows"),
     "every second": (lambda y, v: y[:, ::2].sum(1), "slice", "mixes rows"),
     "several gathered": (lambda y, v: y.gather(1, _last(v, 2)), "gather", "mixes rows"),
+    "gathered for each feature": (lambda y, v: y.gather(1, v[:, :1, None] * torch.arange(E) % S), "gather", "mixes rows"),
     "gathered from the batch": (lambda y, v: y.gather(0, torch.zeros(1, S, E).long()), "gather", "mixes rows"),
     "gathered at what it holds": (lambda y, v: y.gather(1, y[:, :1].long() * 0), "gather", "mixes rows"),
     "indexed at what it holds": (lambda y, v: y[torch.arange(B), y[:, 0, 0].long() * 0], "index", "is not known"),

@@ -242,6 +242,12 @@ ROW_WISE: dict[str, Block] = {
     "split": lambda m, x, b: torch.cat(x.split([3, 5], -1)[::-1], -1),
     "slice": lambda m, x, b: torch.cat([x[..., 2:] * 2, x[..., :2]], -1),
     "gather": lambda m, x, b: x.gather(-1, x.argsort(-1)) + x,
+    "lookup": lambda m, x, b: x + m.position[x.argmax(-1) % x.shape[1]],
+    "lookup of ranks": lambda m, x, b: x * m.table[(b.valid.cumsum(1) - 1).masked_fill(~b.valid, 1)],
+    "lookup of features": lambda m, x, b: x[..., torch.arange(WIDTH - 1, -1, -1)],
+    "glu": lambda m, x, b: F.glu(m.up(x)) + x,
+    "conv of one": lambda m, x, b: F.conv1d(x.transpose(1, 2), m.conv.weight[..., :1], m.conv.bias).transpose(1, 2),
+    "error": lambda m, x, b: x + F.smooth_l1_loss(x, m.linear(x), reduction="none"),
     "index": lambda m, x, b: x.index_select(-1, torch.arange(WIDTH - 1, -1, -1)),
     "outer": lambda m, x, b: (x[..., :, None] * x[..., None, :]).mean(-1),
     "extra dim": lambda m, x, b: (x.unsqueeze(2).expand(-1, -1, 3, -1) * m.scale).sum(2),
@@ -295,6 +301,8 @@ LEAKY: dict[str, Block] = {
     "mean of batch": lambda m, x, b: x - x.mean(0),
     "flip of batch": lambda m, x, b: x + x.flip(0),
     "first to all": lambda m, x, b: x + x[:, :1],
+    "gated positions": lambda m, x, b: x + F.glu(torch.cat([x, x], 1), 1),
+    "lookup of tokens": lambda m, x, b: x + x.reshape(-1, WIDTH)[b.labels.clamp(min=0) % (x.shape[0] * x.shape[1])],
     "gather positions": lambda m, x, b: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "set first": lambda m, x, b: _set_first(x),
     "scores": lambda m, x, b: x + (x @ x.transpose(1, 2)).softmax(-1) @ x,
@@ -320,6 +328,11 @@ def _loss(m: Layers, x: Tensor, labels: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(m.classes(x).reshape(-1, CLASSES), labels.reshape(-1), **options)
 
 
+def _losses(m: Layers, x: Tensor, batch: Batch, labels: Tensor) -> Tensor:
+    loss = F.nll_loss(m.classes(x).log_softmax(-1).transpose(1, 2), labels, reduction="none")
+    return (loss * batch.valid).sum() / batch.valid.sum().clamp(min=1)
+
+
 Head = Callable[[Layers, Tensor, Batch], Any]
 
 TOKEN_HEADS: dict[str, Head] = {
@@ -339,6 +352,7 @@ OTHER_HEADS: dict[str, Head] = {
     "last": lambda m, x, b: x[:, -1],
     "two": lambda m, x, b: x[:, :2].sum(1),
     "last valid": lambda m, x, b: _last(x, b),
+    "gathered": lambda m, x, b: torch.take_along_dim(x, (b.valid.sum(1) - 1).clamp(min=0)[:, None, None], 1)[:, 0],
     "lengths": lambda m, x, b: x[torch.arange(x.shape[0]), b.valid.sum(1) - 1],
     "masked mean": lambda m, x, b: _masked_mean(x, b)[:, 0],
     "masked sum": lambda m, x, b: torch.einsum("bse,bs->be", x, b.valid.to(x.dtype)),
@@ -355,6 +369,10 @@ OTHER_HEADS: dict[str, Head] = {
     "smoothed loss": lambda m, x, b: _loss(m, x, b.labels, label_smoothing=0.1, weight=torch.ones(CLASSES, dtype=x.dtype) * 2),
     "summed loss": lambda m, x, b: _loss(m, x, b.labels, reduction="sum"),
     "losses": lambda m, x, b: (_loss(m, x, b.labels, reduction="none") * b.valid.reshape(-1)).sum() / b.valid.sum().clamp(min=1),
+    "losses of labels": lambda m, x, b: _losses(m, x, b, b.labels.clamp(min=0)),
+    "losses of moved labels": lambda m, x, b: _losses(m, x, b, b.labels.clamp(min=0).roll(-1, 1)),
+    "errors": lambda m, x, b: F.mse_loss(m.linear(x) * _at(b), b.x * _at(b)),
+    "errors of all": lambda m, x, b: F.huber_loss(m.linear(x), b.x, reduction="sum"),
     "loss of all": lambda m, x, b: _loss(m, x, b.labels.clamp(min=0)),
     "shifted loss": lambda m, x, b: _loss(m, x[:, :-1], b.labels[:, 1:]),
     "shifted labels": lambda m, x, b: _loss(m, x, F.pad(b.labels, (0, 1), value=-100)[:, 1:]),

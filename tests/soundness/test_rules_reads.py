@@ -233,7 +233,7 @@ READS = {
     ),
     "gathered scores": (lambda m, y, v: m.score(y).squeeze(-1).gather(1, (v.sum(1, True) - 1)), {"right": 1}),
     "gathered, part of the features": (lambda m, y, v: y.gather(1, _place(v.sum(1) - 1, 5)).exp(), {"right": 1}),
-    "gathered, part of the batch": (lambda m, y, v: y.gather(1, _place(v.sum(1) - 1)[:2]), {"left": 0}),
+    "gathered, part of the batch": (lambda m, y, v: y.gather(1, _place(v[:2].sum(1) - 1)), {"left": 0}),
     "taken along": (lambda m, y, v: torch.take_along_dim(y, (v.sum(1) - 1)[:, None, None], 1).squeeze(1), {"right": 1}),
     "gathered at its largest position": (
         lambda m, y, v: y.gather(1, _place((v * torch.arange(LENGTH)).argmax(1))), {"holes": 1, "empty row": 0},
