@@ -69,7 +69,7 @@ LEAKS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "several gathered": (lambda y, v: y.gather(1, _last(v, 2)), "gather", "mixes rows"),
     "gathered for each feature": (lambda y, v: y.gather(1, v[:, :1, None] * torch.arange(E) % S), "gather", "mixes rows"),
     "gathered from the batch": (lambda y, v: y.gather(0, torch.zeros(1, S, E).long()), "gather", "mixes rows"),
-    "gathered at what it holds": (lambda y, v: y.gather(1, y[:, :1].long() * 0), "gather", "mixes rows"),
+    "gathered at what it holds": (lambda y, v: y.gather(1, (y[:, :1, :1].long() * 0).expand(-1, -1, E)), "gather", "mixes rows"),
     "indexed at what it holds": (lambda y, v: y[torch.arange(B), y[:, 0, 0].long() * 0], "index", "is not known"),
     "looked up": (lambda y, v: y.flatten(0, 1)[LABELS], "index", "mixes rows"),
     "a gate of positions": (lambda y, v: F.glu(y, 1), "glu", "mixes rows"),
@@ -189,10 +189,11 @@ def test_tokens_at_their_own_places() -> None:
     def function(x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         y = attend(x, valid)
         shifted = F.pad(y[:, 1:], (0, 0, 0, 1))
-        return y * 2, shifted + y, y.flip(1) * 2, y + y[:, :1]
+        halves = torch.cat([F.glu(y, 1), F.glu(y, 1)], 1)
+        return y * 2, shifted + y, y.flip(1) * 2, y + y[:, :1], halves + y, y[:, torch.arange(S)] * 2
 
     found = analysed(function, x, valid)
-    assert [found.analysis.aligned[n] for n in found.outputs] == [True, False, False, False]
+    assert [found.analysis.aligned[n] for n in found.outputs] == [True, False, False, False, False, False]
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 8), (6, 6, 8), (2, 4, 8), (8, 8, 8)], ids=str)

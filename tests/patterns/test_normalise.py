@@ -71,6 +71,14 @@ def test_constants_under_aot_autograd() -> None:
     assert [n.args[1] for n in backend.graph.nodes if n.target is aten.full.default] == [-3.0]
 
 
+def test_constants_are_fakes_of_the_graph() -> None:
+    """What is computed of them beside other values is computed in one fake mode."""
+    gm = captured(lambda x: x[torch.tensor([2, 0, 1])], x=torch.randn(3, 4))
+    (constant,) = gm.graph.find_nodes(op="get_attr")
+    assert len({n.meta["val"].fake_mode for n in gm.graph.nodes if n.op != "output"}) == 1
+    assert constant.meta["val"].shape == (3,)
+
+
 def test_twelve_layers_take_well_under_a_second() -> None:
     import transformers
 
