@@ -210,7 +210,16 @@ def _linear(a: Args) -> Typing:
     x, weight = a.dims("input"), a.dims("weight")
     _tie(x[-1], weight[-1])
     mixed = ((a["input"], len(x) - 1), (a["weight"], len(weight) - 1))
-    return Typing((*x[:-1], weight[0]) if len(weight) == 2 else x[:-1], mixed)
+    if len(weight) != 2:
+        return Typing(x[:-1], mixed)
+    _tie_bias(a, weight[0])
+    return Typing((*x[:-1], weight[0]), mixed)
+
+
+def _tie_bias(a: Args, outputs: Sequence[Any]) -> None:
+    """Each number of a bias goes to one output: a bias that is made of tokens makes outputs of tokens."""
+    if is_tensor(a["bias"]):
+        _tie(outputs, a.dims("bias")[0])
 
 
 @rule("addmm", "baddbmm")
@@ -277,6 +286,7 @@ def _convolution(a: Args) -> Typing:
     x, weight = a.dims("input"), a.dims("weight")
     if len(x) != len(weight):
         raise DimConflict("unbatched convolution")
+    _tie_bias(a, weight[0])
     if is_linear(a):
         return Typing((x[0], weight[0], *x[2:]), ((a["input"], 1), *((a["weight"], i) for i in range(1, len(weight)))))
     spatial = fresh_dims(list(a.shape)[2:], a.origin)

@@ -87,6 +87,7 @@ def test_dimensions(name: str, dynamic: bool | None) -> None:
 
 MIXED: dict[str, tuple[Callable[[Tensor], Any], str, set[int]]] = {
     "linear": (lambda x: F.linear(x, W), "linear", {2}),
+    "padded convolution of width one": (lambda x: F.conv1d(x, torch.ones(2, S, 1), padding=1), "conv1d", {1, 2}),
     "softmax": (lambda x: x.softmax(1), "softmax", {1}),
     "cumsum": (lambda x: x.cumsum(-2), "cumsum", {1}),
     "mean": (lambda x: x.mean((0, -1)), "mean", {0, 2}),

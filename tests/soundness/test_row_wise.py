@@ -107,6 +107,7 @@ NOT_LOOKED_UP: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "other positions": lambda m, y, ids, v: y[:, torch.arange(LENGTH - 1, -1, -1)],
     "other sequences": lambda m, y, ids, v: y[torch.arange(BATCH - 1, -1, -1)],
     "by a mask": lambda m, y, ids, v: y + m.embed.weight[: 2 * WIDTH][torch.arange(2 * WIDTH) % 2 == 0].sum(0) + y.mean(1, True),
+    "features by a mask": lambda m, y, ids, v: y[..., torch.arange(WIDTH) % 2 == 0].repeat(1, 1, 2),
     "a table of positions": lambda m, y, ids, v: y + y.mean(-1)[:, ids[0] % LENGTH][..., None],
 }
 
@@ -341,6 +342,27 @@ def test_labels_that_were_moved(name: str, layout: str, valid: Tensor) -> None:
         return (loss * valid).sum() / valid.sum()
 
     assert_packed(check(body, (words(len(valid), CLASSES), valid), None), "model")
+
+
+BIASED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "convolution": lambda y, w, b: F.conv1d(y.transpose(1, 2), w[..., None], b).transpose(1, 2),
+    "wider convolution": lambda y, w, b: F.conv1d(y.transpose(1, 2), w[..., None].repeat(1, 1, 3), b, padding=1).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_depends_on_tokens(name: str, form: str) -> None:
+    """As many outputs as positions, and a bias of each that some position gives: every row of the result reads all of them."""
+
+    def body(m: Any, x: Tensor, valid: Tensor) -> Tensor:
+        y = m.a(x, keys(valid))
+        made = BIASED[name](y, m.embed.weight[:LENGTH], y.pow(2).sum(-1)[0])
+        return (made * valid[..., None]).sum(1)
+
+    result = check(body, (hidden(1), ALONE), None, packing=form)
+    assert set(result.forms) == {"exact"}, result.report.table()
 
 
 @pytest.mark.parametrize("form", FORMS)
