@@ -244,15 +244,22 @@ def test_reset_forgets_reports() -> None:
     assert not report.recent()
 
 
-def test_settings_for_packed_graphs() -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_settings_for_nested_graphs(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the user has said otherwise."""
     from varlen_inductor.backend import InnerCompiler
 
     mixed, tried = "triton.mix_order_reduction", "triton.autotune_pointwise"
-    assert InnerCompiler({})._for_packed_graphs().options == {mixed: False, tried: False}
-    assert InnerCompiler({mixed: True})._for_packed_graphs().options == {mixed: True, tried: False}
-    assert InnerCompiler({tried: True, "shape_padding": False})._for_packed_graphs().options == {
-        mixed: False,
-        tried: True,
-        "shape_padding": False,
-    }
+    seen: list[dict[str, Any]] = []
+
+    def compiled_with(self: InnerCompiler, gm: Any, inputs: Any) -> Any:
+        seen.append(self.options)
+        return gm
+
+    monkeypatch.setattr(InnerCompiler, "_compile_whole", compiled_with)
+    given: list[dict[str, Any]] = [{}, {mixed: True}, {tried: True, "shape_padding": False}]
+    for options in given:
+        nested = InnerCompiler(options).nested(lambda x: x + 1, packed=packed)
+        nested(torch.ones(2))
+    ours = {mixed: False, tried: False} if packed else {tried: False}
+    assert seen == [{**ours, **options} for options in given]

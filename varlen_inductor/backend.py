@@ -20,18 +20,23 @@ from varlen_inductor.nested import Nested
 Route = Literal["backend", "enable"]
 OPTION_PREFIX = "varlen."
 
-_SETTINGS_FOR_PACKED_GRAPHS = {
-    # Inductor can sum the gradient of a norm's weight in the kernel of the norm's backward, and then launches four small kernels
-    # more for each norm. That saves the device reading a tensor twice, and costs a packed training step more than that, the device
-    # as well as the host: with CUDA graphs kernels ran for 13.03 ms of a step with it and for 12.35 without.
-    "triton.mix_order_reduction": False,
+_SETTINGS = {
     # Of a pointwise kernel Inductor tries two configurations. What it finds is no measure where the kernel works in place: each
     # try then includes a copy of its operand, from the host's memory if the device's was never so full before. So the second was
     # taken for GELU in inference, at 58.8 us instead of 40.7. Of the kernels timed without such a copy, and for more than 30 us, it
     # was the faster one for none. The first is what Inductor takes when it does not try ("max-autotune" tries in any case).
     "triton.autotune_pointwise": False,
 }
-"""Measured with benchmarks/model.py's encoder, B 32, S 512, on a H200, torch 2.11, by a script that is not kept."""
+"""For the packed graph of a model and for the padded one beside it.
+
+Measured with benchmarks/model.py's encoder, B 32, S 512, on a H200, torch 2.11, by a script that is not kept, as the other below.
+"""
+_SETTINGS_FOR_PACKED_GRAPHS = {
+    # Inductor can sum the gradient of a norm's weight in the kernel of the norm's backward, and then launches four small kernels
+    # more for each norm. That saves the device reading a tensor twice, and costs a packed training step more than that, the device
+    # as well as the host: with CUDA graphs kernels ran for 13.03 ms of a step with it and for 12.35 without.
+    "triton.mix_order_reduction": False,
+}
 
 
 class InnerCompiler:
@@ -89,7 +94,7 @@ class InnerCompiler:
         Args:
             fn: a plain function. GraphModules that it closes over are generated first: Dynamo would skip a lazy one.
             dynamic: overrides what the user gave to ``torch.compile``.
-            packed: whether its graph is a packed one, for which some of Inductor's settings are others.
+            packed: whether its graph is a packed one, for which more of Inductor's settings are others.
 
         Raises:
             TypeError: ``fn`` is not a plain Python function.
@@ -97,14 +102,14 @@ class InnerCompiler:
         for cell in getattr(fn, "__closure__", None) or ():
             if isinstance(cell.cell_contents, fx.GraphModule):
                 _compat.materialise(cell.cell_contents)
-        compiler = self._for_packed_graphs() if packed else self
+        compiler = self._with({**_SETTINGS, **_SETTINGS_FOR_PACKED_GRAPHS} if packed else _SETTINGS)
         return Nested(fn, compiler._compile_whole, self.dynamic if dynamic is None else dynamic)
 
-    def _for_packed_graphs(self) -> InnerCompiler:
-        """The same compiler, with settings of Inductor's that suit packed graphs where the user has none of their own."""
+    def _with(self, settings: Mapping[str, Any]) -> InnerCompiler:
+        """The same compiler, with these settings of Inductor's where the user has none of their own."""
         others = {
             name: value
-            for name, value in _SETTINGS_FOR_PACKED_GRAPHS.items()
+            for name, value in settings.items()
             if name not in self.options and _compat_inductor.has_inductor_setting(name)
         }
         return InnerCompiler({**self.options, **others}, self.dynamic, self.backend, self.original)
