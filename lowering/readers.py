@@ -51,10 +51,10 @@ def _views_of(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _passes_on(node: fx.Node) -> bool:
-    return node.target is operator.getitem or (is_view(node) and not calls(node, aten.as_strided))
+    return node.target is operator.getitem or (_is_view(node) and not calls(node, aten.as_strided))
 
 
-def is_view(node: fx.Node) -> bool:
+def _is_view(node: fx.Node) -> bool:
     """Whether the result may share the memory of an operand, by the operator's schema."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(result.alias_info is not None for result in schema.returns)

@@ -22,7 +22,8 @@ training step of 12 layers.
     %s1 = sum(%p1[:32] + %p1[32:], [0])       %s = sum(%p[:, :32] + %p[:, 32:], [1])
                                               %s0, %s1 = %s[0], %s[1]
 
-What each is then converted to, all are at once, in the same kernel: fifty launches less in such a step.
+What each is then converted to, all are at once, in the same kernel. The code that Inductor generated for the backward of
+benchmarks/model.py's B 32, S 512 (bfloat16, torch 2.11, one H100) had fifty kernels that did nothing else.
 """
 
 from __future__ import annotations

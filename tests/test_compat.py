@@ -133,6 +133,19 @@ def test_graph_pass() -> None:
     assert isinstance(_compat_inductor.passes_may_be_lists(), bool)
 
 
+def test_results_of_the_user() -> None:
+    from torch._inductor import config as inductor
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    output = graph.output((x, x, x))
+    assert _compat_inductor.results_of_the_user(graph) == {0, 1, 2}
+    output.meta["user_visible_output_idxs"] = [1]
+    assert _compat_inductor.results_of_the_user(graph) == {1}
+    with inductor.patch(keep_output_stride=False):
+        assert _compat_inductor.results_of_the_user(graph) == {0, 1, 2}
+
+
 def test_counters() -> None:
     _compat.counters()["something"] += 1
     assert torch._dynamo.utils.counters["varlen_inductor"]["something"] == 1
