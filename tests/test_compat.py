@@ -339,6 +339,12 @@ def test_launches_of_generated_kernels() -> None:
     assert callable(CachingAutotuner.run)
 
 
+def test_memory_on_cuda() -> None:
+    """That it works is shown on a GPU (`tests/gpu`)."""
+    assert callable(_compat.cuda_allocator())
+    assert callable(_compat.current_device_index)
+
+
 def test_known_true() -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = mode.from_tensor(torch.ones(6), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC])).shape[0]

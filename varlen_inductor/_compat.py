@@ -503,6 +503,22 @@ def current_stream_pointer(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
 
+current_device_index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The index of the current CUDA device, where CUDA is initialized. Read in 2.11, 2.13.
+
+The public ``torch.cuda.current_device`` first asks whether it is, which takes longer than the answer.
+Builds without CUDA have nothing else.
+"""
+
+
+def cuda_allocator() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] | None:
+    """What makes a tensor of a size, strides and a dtype on the current CUDA device, past the dispatcher. Read in 2.11, 2.13.
+
+    Code that Inductor generates calls it, too; the public ``torch.empty`` takes the host twice as long. ``None`` if missing.
+    """
+    return getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
 def below_autocast(device_type: str) -> Any:
     """Context in which operators skip autocast on this kind of device. Read in 2.11, 2.13.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -238,9 +238,46 @@ def launch_quickly(module: ModuleType) -> int:
             continue
         if kernel.is_statically_launchable():  # then it needs no memory of Triton's allocator, which `run` sets
             # In the module and not on the kernel, which other modules share and caches pickle.
-            setattr(module, name, _Quick(kernel, launcher))
+            setattr(module, name, _Quick(kernel, _with_addresses(launcher)))
             done += 1
     return done
+
+
+def _with_addresses(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher of Inductor's that gives the kernel the addresses of tensors, or the same one where it is not understood.
+
+    What starts the kernel asks a tensor for its address by name, and CUDA what each address is: for five tensors that takes it as
+    long as the launch. A number it takes as it is. Read in 2.11.
+    """
+    runner: Any = getattr(launcher, "__globals__", {}).get("runner")
+    kernel: Any = getattr(runner, "__self__", None)
+    try:
+        from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel as Static
+
+        if torch.version.hip is not None or not isinstance(kernel, Static) or getattr(runner, "__func__", None) is not Static.run:
+            return launcher
+        launch, function = kernel.C_impl._launch_kernel, kernel.function
+        scratch = [kernel.has_global_scratch, kernel.has_profile_scratch].count(True)
+        kinds = kernel.arg_tys
+        names = [f"x{i}" for i in range(len(kinds))]
+        values = [f"{name}.data_ptr()" if kind == "O" else name for name, kind in zip(names, kinds, strict=True)]
+        fixed = (kernel.num_warps, kernel.shared, kinds + "O" * scratch)
+    except (ImportError, AttributeError):
+        return launcher
+    if not function:
+        return launcher
+    arguments = ", ".join(("x, y, z, stream", *names))
+    code = f"""
+def runner({arguments}):
+    try:
+        values = ({"".join(f"{value}, " for value in values)}{"None, " * scratch})
+    except AttributeError:  # None in the place of a tensor
+        return otherwise({arguments})
+    return launch({function}, x, y, z, {", ".join(map(repr, fixed))}, values, stream)
+"""
+    scope: dict[str, Any] = {"launch": launch, "otherwise": runner}
+    exec(code, scope)
+    return FunctionType(launcher.__code__, {**launcher.__globals__, "runner": scope["runner"]}, launcher.__name__)
 
 
 def is_backward(module: ModuleType) -> bool:

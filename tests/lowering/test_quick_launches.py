@@ -180,3 +180,54 @@ def test_only_forwards_of_packed_graphs_trust_their_inputs(
         launches.called()
     module.call()
     assert len(checked) == (1 if trusted else 3)
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+def static_launcher(launched: list[tuple[Any, ...]], kinds: str = "OOi", **scratch: bool) -> Any:
+    """As Inductor makes it for a kernel that takes two tensors and a number; what starts kernels is noted."""
+    from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+    made = StaticallyLaunchedCudaKernel.__new__(StaticallyLaunchedCudaKernel)
+    made.__dict__["C_impl"] = SimpleNamespace(_launch_kernel=lambda *args: launched.append(args))
+    made.module, made.function, made.num_warps, made.shared, made.arg_tys = None, 4711, 8, 512, kinds
+    made.has_global_scratch, made.has_profile_scratch = scratch.get("first", False), scratch.get("second", False)
+    scope: dict[str, Any] = {"runner": made.run}
+    exec("def launcher(a, b, n, stream):\n    runner(-(n // -64), 1, 1, stream, a, b, n)", scope)
+    return scope["launcher"]
+
+
+@pytest.mark.parametrize("scratch", [{}, {"first": True}, {"first": True, "second": True}])
+def test_launches_with_addresses(scratch: dict[str, bool]) -> None:
+    """What starts the kernel is given the same, but addresses for tensors."""
+    launched: list[tuple[Any, ...]] = []
+    slow = static_launcher(launched, **scratch)
+    quick = _compat_inductor._with_addresses(slow)
+    a, b = torch.zeros(3), torch.zeros(4)
+    slow(a, b, 130, stream=7)
+    quick(a, b, 130, stream=7)
+    told, found = launched
+    assert told[:7] == found[:7] == (4711, 3, 1, 1, 8, 512, "OOi" + "O" * len(scratch))
+    assert told[8] == found[8] == 7
+    nothing = (None,) * len(scratch)
+    assert told[7] == (a, b, 130, *nothing) and found[7] == (a.data_ptr(), b.data_ptr(), 130, *nothing)
+    assert slow is not quick, "another module may share the launcher"
+
+
+def test_launches_without_a_tensor_as_before() -> None:
+    launched: list[tuple[Any, ...]] = []
+    a = torch.zeros(3)
+    _compat_inductor._with_addresses(static_launcher(launched))(a, None, 130, stream=7)
+    assert launched == [(4711, 3, 1, 1, 8, 512, "OOi", (a, None, 130), 7)]
+
+
+def test_other_launchers_stay() -> None:
+    def launcher() -> None: ...
+
+    changed = static_launcher([])
+    changed.__globals__["runner"] = lambda *args: None
+    not_loaded = static_launcher([])
+    not_loaded.__globals__["runner"].__self__.function = None
+    for each in (launcher, Launcher(), changed, not_loaded):
+        assert _compat_inductor._with_addresses(each) is each

@@ -27,6 +27,7 @@ from varlen_inductor.ops.attention import (
 )
 from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 LIBRARY.define(
@@ -86,7 +87,7 @@ def backward_joined_by(
         of_query, of_key, of_value = heads * dim, heads_k * dim, heads_k * dim_v
         if not (of_query * size % _ALIGNMENT or of_key * size % _ALIGNMENT or of_value * size % _ALIGNMENT):
             width = of_query + of_key + of_value
-            joined = query.new_empty(rows, width)
+            joined = empty(query, rows, width)
             grads = (
                 joined.as_strided((rows, heads, dim), (width, dim, 1)),
                 joined.as_strided((rows, heads_k, dim), (width, dim, 1), of_query),

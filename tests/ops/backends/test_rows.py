@@ -96,7 +96,7 @@ def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_compat, "current_device_index", lambda: 1)
     monkeypatch.setattr(_compat, "current_stream_pointer", lambda index: 40 + index)
     assert [rows.stream_of(index) for index in (-1, 0, 1)] == [None, None, 41]
 

@@ -19,6 +19,7 @@ from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
 from varlen_inductor.ops.backends.flash_common import contiguous, positive_scale, through_lse
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -73,7 +74,7 @@ def _unavailable(device: torch.device) -> str | None:
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
     index = query.get_device()
-    if index != torch.cuda.current_device():
+    if index != _compat.current_device_index():
         with torch.cuda.device(index):
             return forward(query, key, value, layout, rule)
     if rule.scale <= 0.0:
@@ -84,10 +85,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     value, strides_v, at_v = _readable(value)
     plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule)
     tokens, heads, _ = query.shape
-    out = query.new_empty(tokens, heads, value.shape[2])
-    float32, uint64 = _empty(query)
-    lse = float32.new_empty(heads, tokens)
-    rng_state = uint64.new_empty(0) if rule.dropout_p == 0.0 else _new_rng_state(query)
+    out = empty(query, tokens, heads, value.shape[2])
+    lse = empty(query, heads, tokens, dtype=torch.float32)
+    rng_state = empty(query, 0, dtype=torch.uint64) if rule.dropout_p == 0.0 else _new_rng_state(query)
     stream = _compat.current_stream_pointer(index)
     places = place(plan, layout, lse, stream)
     pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
@@ -113,7 +113,7 @@ def backward(
         query, rule, sign = positive_scale(query, rule)
         grad_query, grad_key, grad_value = backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
         return grad_query * sign, grad_key, grad_value
-    grads = query.new_empty(*query.shape), key.new_empty(*key.shape), value.new_empty(*value.shape)
+    grads = empty(query, *query.shape), empty(key, *key.shape), empty(value, *value.shape)
     backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
     if grad_lse is None:
         return grads
@@ -135,7 +135,7 @@ def backward_into(
 ) -> None:
     """Writes the gradients of query, key and value to ``grads``; see ``BackwardInto``."""
     index = query.get_device()
-    if index != torch.cuda.current_device():
+    if index != _compat.current_device_index():
         with torch.cuda.device(index):
             return backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
     if rule.scale <= 0.0:
@@ -248,19 +248,6 @@ def _readable(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
         return x, strides, address
     x = x.clone(memory_format=torch.contiguous_format)
     return x, x.stride(), x.data_ptr()
-
-
-_empties: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Without elements, float32 and uint64, on the device of ``x``: PyTorch makes a tensor like another sooner than of a dtype."""
-    empties = _empties.get(x.get_device())
-    if empties is None:
-        empties = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.uint64)
-        if type(empties[0]) is Tensor:
-            _empties[x.get_device()] = empties
-    return empties
 
 
 def _new_rng_state(query: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Plan
 from varlen_inductor.ops.backends.launch import Launcher, kind
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import UNBOUNDED, Layout
 
 try:
@@ -165,7 +166,7 @@ def _addresses(layout: Layout) -> tuple[int, int, int]:
 def _new_places(plan: Plan, lse: Tensor) -> Places:
     """Uninitialized."""
     scratch = plan.scratch
-    buffer = lse.new_empty(scratch.stats // 4 + lse.numel())
+    buffer = empty(lse, scratch.stats // 4 + lse.numel())
     start = buffer.data_ptr()
     return Places(buffer, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
 

@@ -34,8 +34,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varlen_inductor import _compat
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
 from varlen_inductor.ops.backends.tails import hide, own_rows, restore_backward, restore_forward
@@ -150,8 +152,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         query, rule, _ = positive_scale(query, rule)
     q, k, v, sizes = _operands(query, key, value)
     rows, heads, _, _, _, dim_v = sizes
-    out = q.new_empty(rows, heads, dim_v)
-    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    out = empty(q, rows, heads, dim_v)
+    lse = empty(q, heads, rows, dtype=torch.float32)
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
     else:
@@ -161,7 +163,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
             _run("forward", (q, k, v, out, lse), sizes, layout, rule)
         finally:
             restore_forward(hidden, out, lse)
-    return out, lse, q.new_empty(0, dtype=torch.uint64)
+    return out, lse, empty(q, 0, dtype=torch.uint64)
 
 
 def backward(
@@ -177,7 +179,7 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grads = empty(query, *query.shape), empty(key, *key.shape), empty(value, *value.shape)
     _differentiate(grads, grad_out, grad_lse, out, lse, query, key, value, layout, rule)
     return grads
 
@@ -266,7 +268,7 @@ def _run(way: str, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int, int,
     """Call the function of the package with ``tensors``, which are named in ``ARGUMENTS[way]``; ``sizes`` as of ``_operands``."""
     q = tensors[0]
     device = q.device
-    if _several_devices() and device.type == "cuda" and device.index != torch.cuda.current_device():
+    if _several_devices() and device.type == "cuda" and device.index != _compat.current_device_index():
         with torch.cuda.device(device):  # the package launches on the current device
             _run(way, tensors, sizes, layout, rule)
         return

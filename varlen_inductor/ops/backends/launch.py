@@ -11,7 +11,7 @@ and 3.7; where one is missing, everything goes Triton's way.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ class Launcher:
             options: Triton's own, as ``num_warps``.
         """
         device = args[0].get_device()
-        if device >= 0 and device != torch.cuda.current_device():  # to look costs less than to switch
+        if device >= 0 and device != _compat.current_device_index():  # to look costs less than to switch
             with torch.cuda.device(device):
                 self._launch(device, grid, key, args, options)
         else:
@@ -71,6 +71,27 @@ class Launcher:
         _, run, function, metadata = compiled
         run(*grid, stream, function, metadata, None, None, None, *args)  # no metadata for hooks, and no hooks
         return True
+
+    def with_addresses(
+        self,
+        grid: tuple[int, int, int],
+        key: Hashable,
+        stream: int | None,
+        tensors: Sequence[torch.Tensor | None],
+        addresses: Sequence[int | None],
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Launch, if it can be with the addresses of the tensors: of a tensor, the launch would ask for it, and CUDA what it is.
+
+        Args:
+            stream: the current one, of the current device, on which the tensors are; ``None`` where that is no CUDA device.
+            tensors: the kernel's first arguments.
+            addresses: theirs.
+            args: the others, as of a call.
+        """
+        if stream is None or not self.again(grid, key, stream, *addresses, *args):
+            self(grid, key, *tensors, *args, **options)
 
     def _launch(
         self, device: int, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...], options: dict[str, Any]
@@ -109,7 +130,7 @@ def _hooked() -> bool:
 
 def stream_of(index: int) -> int | None:
     """The current stream of device ``index``, as a number, if that is the current device: `Launcher.again` asks for both."""
-    if index < 0 or index != torch.cuda.current_device():
+    if index < 0 or index != _compat.current_device_index():
         return None
     return _compat.current_stream_pointer(index)
 

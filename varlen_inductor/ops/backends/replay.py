@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varlen_inductor.ops.backends.memory import empty
+
 _MOST_TRIES = 3
 _MOST_NOTES = 4096
 _ALIGNMENT = 128
@@ -205,7 +207,7 @@ def understand(calls: Sequence[Any], tensors: tuple[Tensor | None, ...], sizes: 
 
 def _empty(kept: Scratch, like: Any, rows: int, sequences: int) -> Tensor:
     heads, tile, width, _ = kept
-    return like.new_empty(heads, padded_rows(rows, sequences, tile) * width)  # type: ignore[no-any-return]
+    return empty(like, heads, padded_rows(rows, sequences, tile) * width)
 
 
 def _zeros(kept: Sequence[Scratch], like: Any, rows_q: int, rows_k: int, sequences: int) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varlen_inductor import _compat
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.launch import Launcher
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -24,6 +27,8 @@ _LOG2_E = math.log2(math.e)
 _WIDEST = 1 << 30
 MAX_SEQUENCES = 65534
 """The grid has a dimension for the sequences and one more; CUDA allows 65535."""
+DELTA_ROWS = 64
+"""So many queries at once are prepared for the backward."""
 
 
 class Blocks(NamedTuple):
@@ -93,37 +98,39 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``. Reads keys in pages where they lie. Fills ``out`` if it is given."""
-    launch = _launcher("triton_forward", "forward_kernel")
+    index = query.get_device()
+    if index >= 0 and index != _compat.current_device_index():
+        with torch.cuda.device(index):
+            return forward(query, key, value, layout, rule, out)
     (tokens, heads, _), dim_v = query.shape, value.shape[-1]
-    blocks = _tiles(query, value, rule).forward
     if out is None:
-        out = query.new_empty(tokens, heads, dim_v)
-    lse = query.new_empty((heads, tokens), dtype=torch.float32)
+        out = empty(query, tokens, heads, dim_v)
+    lse = empty(query, heads, tokens, dtype=torch.float32)
     rng_state = _new_rng_state(query, rule)
     query, scale = _positive_scale(query, rule.scale)
+    fixed = _fixed(index, query, key, value, layout, rule, scale)
+    blocks = fixed.tiles.forward
     table, page_size, key_strides, value_strides, page_strides = _pages(key, value, layout)
-    grid = (-(-max(layout.max_q, 1) // blocks.queries), heads, _sequences(layout) + 1)
-    data = _data(layout, rule, rng_state)
+    sequences = _sequences(layout)
+    grid = (-(-max(layout.max_q, 1) // blocks.queries), heads, sequences + 1)
+    tensors = (query, key, value, out, lse, *_data(layout, rule, rng_state), table)
+    addresses, kinds = _places(tensors)
     strides = (*query.stride(), *key_strides, *value_strides, *out.stride()[:2], *page_strides)
-    constants = (*_constants(query, key, value, rule, blocks), page_size)
-    launch(
+    launch, options, constants = fixed.forward
+    launch.with_addresses(
         grid,
-        (_kinds(query, key, value, out, *data, table), strides, rule, constants),
-        query,
-        key,
-        value,
-        out,
-        lse,
-        *data,
-        table,
+        (fixed.number, kinds, strides, page_size),
+        None if index < 0 else _compat.current_stream_pointer(index),
+        tensors,
+        addresses,
         *strides,
-        _sequences(layout),
+        sequences,
         tokens,
-        *_scales(scale, rule),
-        *_numbers(rule, layout),
+        *fixed.scales,
+        *fixed.numbers,
         *constants,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        page_size,
+        **options,
     )
     return out, lse, rng_state
 
@@ -147,7 +154,7 @@ def backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; see ``Backward``."""
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grads = empty(query, *query.shape), empty(key, *key.shape), empty(value, *value.shape)
     _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     return grads
 
@@ -182,77 +189,82 @@ def _differentiate(
     rule: Rule,
 ) -> None:
     """Writes all rows of ``grads``, whose last dims are contiguous."""
-    grad_query, grad_key, grad_value = grads
+    index = query.get_device()
+    if index >= 0 and index != _compat.current_device_index():
+        with torch.cuda.device(index):
+            return _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     query, scale = _positive_scale(query, rule.scale)
-    operands = (query, key, value, grad_out, lse, _delta(out, grad_out, grad_lse, layout))
+    fixed = _fixed(index, query, key, value, layout, rule, scale)
+    stream = None if index < 0 else _compat.current_stream_pointer(index)
+    sequences = _sequences(layout)
+    (rows, heads, _), (rows_k, heads_k, _) = query.shape, key.shape
+    data = _data(layout, rule, rng_state)
+    delta = _delta(fixed, stream, out, grad_out, grad_lse, data[0], sequences)
+    operands = (query, key, value, grad_out, lse, delta)
+    tensors = (*operands, *grads, *data)
+    addresses, kinds = _places(tensors)
+    grad_query, grad_key, grad_value = grads
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     strides_q, strides_kv = grad_query.stride()[:2], (*grad_key.stride()[:2], *grad_value.stride()[:2])
-    data = _data(layout, rule, rng_state)
-    sequences, scales, tiles = _sequences(layout), _scales(scale, rule), _tiles(query, value, rule)
-    kinds = _kinds(query, key, value, grad_out, *grads, *data)
-    blocks = tiles.query_gradient
-    constants = _constants(query, key, value, rule, blocks)
-    _launcher("triton_backward", "query_kernel")(
-        (-(-max(layout.max_q, 1) // blocks.queries), query.shape[1], sequences + 1),
-        (kinds, strides, strides_q, rule, constants),
-        *operands,
-        grad_query,
-        *data,
+    launch, options, constants = fixed.query_gradient
+    launch.with_addresses(
+        (-(-max(layout.max_q, 1) // fixed.tiles.query_gradient.queries), heads, sequences + 1),
+        (fixed.number, kinds, strides, strides_q),
+        stream,
+        (*operands, grad_query, *data),
+        (*addresses[:7], *addresses[9:]),
         *strides,
         *strides_q,
         sequences,
-        query.shape[0],
-        *scales,
+        rows,
+        *fixed.scales,
         rule.scale,
-        *_numbers(rule, layout),
+        *fixed.numbers,
         *constants,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **options,
     )
-    blocks = tiles.key_gradient
-    constants = _constants(query, key, value, rule, blocks)
-    _launcher("triton_backward", "key_kernel")(
-        (-(-max(layout.max_k, 1) // blocks.keys), key.shape[1], sequences + 1),
-        (kinds, strides, strides_kv, rule, constants),
-        *operands,
-        grad_key,
-        grad_value,
-        *data,
+    launch, options, constants = fixed.key_gradient
+    launch.with_addresses(
+        (-(-max(layout.max_k, 1) // fixed.tiles.key_gradient.keys), heads_k, sequences + 1),
+        (fixed.number, kinds, strides, strides_kv),
+        stream,
+        (*operands, grad_key, grad_value, *data),
+        (*addresses[:6], *addresses[7:]),
         *strides,
         *strides_kv,
         sequences,
-        query.shape[0],
-        key.shape[0],
-        *scales,
+        rows,
+        rows_k,
+        *fixed.scales,
         scale,
-        *_numbers(rule, layout),
+        *fixed.numbers,
         *constants,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **options,
     )
+    return None
 
 
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, layout: Layout) -> Tensor:
-    from varlen_inductor.ops.backends.triton_backward import delta_kernel
-
+def _delta(
+    fixed: Fixed, stream: int | None, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, ends: Tensor | None, sequences: int
+) -> Tensor:
     tokens, heads, dim_v = out.shape
-    delta = out.new_empty((heads, tokens), dtype=torch.float32)
-    rows = 64
-    with torch.cuda.device_of(out):
-        delta_kernel[-(-tokens // rows), heads](
-            out,
-            grad_out,
-            None if grad_lse is None else grad_lse.contiguous(),
-            delta,
-            layout.cu_seq_q.contiguous(),
-            *out.stride(),
-            *grad_out.stride(),
-            _sequences(layout),
-            tokens,
-            DIM_V=dim_v,
-            BLOCK_DV=_padded(dim_v),
-            BLOCK_M=rows,
-        )
+    delta = empty(out, heads, tokens, dtype=torch.float32)
+    tensors = (out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, ends)
+    addresses, kinds = _places(tensors)
+    strides = (*out.stride(), *grad_out.stride())
+    _launcher("triton_backward", "delta_kernel").with_addresses(
+        (-(-tokens // DELTA_ROWS), heads, 1),
+        (fixed.number, kinds, strides),
+        stream,
+        tensors,
+        addresses,
+        *strides,
+        sequences,
+        tokens,
+        dim_v,
+        _padded(dim_v),
+        DELTA_ROWS,
+    )
     return delta
 
 
@@ -305,17 +317,17 @@ def _scales(scale: float, rule: Rule) -> tuple[float, float | None]:
     return scale * _LOG2_E, None
 
 
-def _numbers(rule: Rule, layout: Layout) -> tuple[int, float, int, int]:
+def _numbers(rule: Rule, positions: bool) -> tuple[int, float, int, int]:
     """Random 32-bit numbers below the first are kept, which happens with the second as probability; then the window."""
     threshold = round((1.0 - rule.dropout_p) * 2**32)
     left, right = rule.window_left, rule.window_right
-    if layout.position_q is None:
+    if not positions:
         # The kernels add places to a side in 32 bits, and no sequence is longer than this.
         left, right = min(left, _WIDEST), min(right, _WIDEST)
     return threshold, threshold / 2**32, left, right
 
 
-def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks) -> tuple[Any, ...]:
+def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Blocks, precision: str) -> tuple[Any, ...]:
     """The kernels' constants from GROUPS on, in their order."""
     return (
         query.shape[1] // key.shape[-2],
@@ -327,16 +339,69 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, rule: Rule, blocks: Bl
         blocks.keys,
         rule.window_left != UNBOUNDED,
         rule.window_right != UNBOUNDED,
-        _precision(query, value),
+        precision,
     )
 
 
-def _kinds(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What of these a compiled kernel depends on."""
-    (first, *_) = tensors
-    assert first is not None
-    kinds = [x if x is None else (x.data_ptr() % 16, x.dtype) for x in tensors]
-    return (first.device, *kinds)
+def _places(tensors: tuple[Tensor | None, ...]) -> tuple[list[int | None], tuple[Any, ...]]:
+    """Where these are, and what of them a compiled kernel depends on."""
+    addresses = [x if x is None else x.data_ptr() for x in tensors]
+    return addresses, tuple([x if x is None else (x.dtype, at % 16) for x, at in zip(tensors, addresses, strict=True)])  # type: ignore[operator]
+
+
+class Kernel(NamedTuple):
+    """One kernel of a kind of attention."""
+
+    launch: Launcher
+    options: dict[str, Any]
+    """Triton's own."""
+    constants: tuple[Any, ...]
+    """The kernel's, from GROUPS on, in their order."""
+
+
+class Fixed(NamedTuple):
+    """What calls of one kind of attention have in common."""
+
+    number: int
+    """Tells kinds apart in the keys of launchers."""
+    tiles: Tiles
+    forward: Kernel
+    query_gradient: Kernel
+    key_gradient: Kernel
+    scales: tuple[float, float | None]
+    numbers: tuple[int, float, int, int]
+
+
+_known: dict[tuple[Any, ...], Fixed] = {}
+_numbering = itertools.count()
+_MOST_KNOWN = 4096
+
+
+def _fixed(index: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, scale: float) -> Fixed:
+    """``scale`` is the positive one."""
+    dtype, positions = query.dtype, layout.position_q is not None
+    precision = _precision(query, value) if dtype == torch.float32 else "tf32"  # means nothing to the other dtypes
+    kind = (index, dtype, query.shape[1:], key.shape[-2], value.shape[-1], positions, scale, rule, precision)
+    fixed = _known.get(kind)
+    if fixed is None:
+        tiles = _tiles(query, value, rule)
+
+        def kernel(module: str, name: str, blocks: Blocks) -> Kernel:
+            options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+            return Kernel(_launcher(module, name), options, _constants(query, key, value, rule, blocks, precision))
+
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        fixed = _known[kind] = Fixed(
+            next(_numbering),
+            tiles,
+            kernel("triton_forward", "forward_kernel", tiles.forward),
+            kernel("triton_backward", "query_kernel", tiles.query_gradient),
+            kernel("triton_backward", "key_kernel", tiles.key_gradient),
+            _scales(scale, rule),
+            _numbers(rule, positions),
+        )
+    return fixed
 
 
 @cache
@@ -378,7 +443,7 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
 
 def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     if rule.dropout_p == 0.0:
-        return query.new_empty(0, dtype=torch.uint64)
+        return empty(query, 0, dtype=torch.uint64)
     # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 

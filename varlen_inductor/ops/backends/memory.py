@@ -1,0 +1,25 @@
+"""Memory for results, and for what kernels leave for one another: a packed training step asks for it a hundred times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varlen_inductor import _compat
+
+_allocate = _compat.cuda_allocator()
+
+
+def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialized and contiguous, on the device of ``like``, of its dtype unless another is given: ``like.new_empty(size)``.
+
+    No dispatch mode sees it; a deterministic mode does not fill it.
+    """
+    index = like.get_device()
+    if _allocate is None or index < 0 or index != _compat.current_device_index():
+        return like.new_empty(size, dtype=dtype)
+    step, strides = 1, []
+    for n in reversed(size):
+        strides.append(step)
+        step *= n or 1
+    return _allocate(size, tuple(strides[::-1]), like.dtype if dtype is None else dtype)
