@@ -70,8 +70,19 @@ CASES = [
 def test_attention(
     kernel: str, dtype: torch.dtype, dim: int, capability: int, flags: dict[str, bool], absent: tuple[str, ...]
 ) -> None:
-    result = compiled_for(kernel, dtype, dim, capability, {**flags, "PAGE": 0, **dict.fromkeys((*absent, *NO_PAGES))})
-    assert result.metadata.shared <= SHARED_MEMORY[capability]
+    for table in tables_of(capability, bool(flags), "rng_state" not in absent):
+        constants = {**flags, "PAGE": 0, **dict.fromkeys((*absent, *NO_PAGES))}
+        result = compiled_for(kernel, dtype, dim, capability, constants, table)
+        assert result.metadata.shared <= SHARED_MEMORY[capability]
+
+
+def tables_of(capability: int, windowed: bool, dropout: bool) -> list[dict[tuple[int, int], triton_kernel.Tiles]]:
+    """Those that may be used."""
+    if capability != 90:
+        return [triton_kernel.OTHER]
+    if dropout:
+        return [triton_kernel.HOPPER_DROPOUT]
+    return [triton_kernel.HOPPER_SHORT, triton_kernel.HOPPER_WINDOWED if windowed else triton_kernel.HOPPER]
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -79,14 +90,21 @@ def test_attention(
 def test_pages(page_size: int, dim: int) -> None:
     """Pages of whole blocks, of parts of one, and of what no block fits."""
     constants = dict.fromkeys(("position_q", "position_k", "rng_state", "inner"))
-    result = compiled_for("forward", torch.bfloat16, dim, 90, {"RIGHT": True, "PAGE": page_size, **constants})
-    assert result.metadata.shared <= SHARED_MEMORY[90]
+    for table in tables_of(90, windowed=True, dropout=False):
+        result = compiled_for("forward", torch.bfloat16, dim, 90, {"RIGHT": True, "PAGE": page_size, **constants}, table)
+        assert result.metadata.shared <= SHARED_MEMORY[90]
 
 
-def compiled_for(kernel: str, dtype: torch.dtype, dim: int, capability: int, constants: dict[str, Any]) -> Any:
-    """One of ``KERNELS`` with the blocks that it has for these."""
+def compiled_for(
+    kernel: str,
+    dtype: torch.dtype,
+    dim: int,
+    capability: int,
+    constants: dict[str, Any],
+    table: dict[tuple[int, int], triton_kernel.Tiles],
+) -> Any:
+    """One of ``KERNELS`` with the blocks that the table has for these."""
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    table = triton_kernel.HOPPER if capability == 90 else triton_kernel.OTHER
     blocks = getattr(table[dtype.itemsize, dim], kernel)
     constants = {
         "GROUPS": 2,

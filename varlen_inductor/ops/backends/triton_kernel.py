@@ -48,16 +48,31 @@ class Tiles(NamedTuple):
     key_gradient: Blocks
 
 
-# By (bytes of an element, head dim up to); the first fit holds. Chosen so that registers do not spill (compiled for sm_90 and
-# sm_86) and shared memory suffices: 227 KiB on Hopper, 99 KiB on consumer devices.
+# By (bytes of an element, head dim up to); the first fit holds. Those of half precision up to 128 are the fastest of some ten to
+# thirty measured on an H100, in the shapes of benchmarks/kernels.py and, for the backward, in four of them (head dim 64 and 128,
+# 512 and 2048 tokens, one causal). The others were chosen so that registers do not spill (compiled for sm_90 and sm_86) and shared
+# memory suffices: 227 KiB on Hopper, 99 KiB on consumer devices.
 HOPPER = {
-    (2, 64): Tiles(Blocks(128, 128, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 8, 3)),
-    (2, 128): Tiles(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    (2, 256): Tiles(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1)),
+    (2, 64): Tiles(Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3), Blocks(128, 64, 4, 2)),
+    (2, 128): Tiles(Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 1)),
+    (2, 256): Tiles(Blocks(128, 32, 8, 3), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1)),
     (4, 64): Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (4, 128): Tiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1)),
     (4, 256): Tiles(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
+HOPPER_SHORT = {
+    **HOPPER,
+    (2, 64): Tiles(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 3)),
+    (2, 128): Tiles(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 1)),
+}
+"""Where no sequence has more than ``SHORT`` queries: a large block would be half empty."""
+HOPPER_WINDOWED = {
+    **HOPPER,
+    (2, 64): Tiles(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 3)),
+    (2, 128): Tiles(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 1)),
+}
+"""A window goes through a large block in part."""
+SHORT = 512
 OTHER = {
     (2, 64): Tiles(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
     (2, 128): Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
@@ -65,6 +80,10 @@ OTHER = {
     (4, 64): Tiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (4, 128): Tiles(Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
     (4, 256): Tiles(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
+# Dropout needs registers and shared memory for its random bits. (Measured: the forward up to 128.)
+HOPPER_DROPOUT = {
+    kind: Tiles(Blocks(64, 32, 4, 3), *tiles[1:]) if kind in ((2, 64), (2, 128)) else tiles for kind, tiles in OTHER.items()
 }
 
 
@@ -381,10 +400,12 @@ def _fixed(index: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout
     """``scale`` is the positive one."""
     dtype, positions = query.dtype, layout.position_q is not None
     precision = _precision(query, value) if dtype == torch.float32 else "tf32"  # means nothing to the other dtypes
-    kind = (index, dtype, query.shape[1:], key.shape[-2], value.shape[-1], positions, scale, rule, precision)
+    # How a sequence is cut into blocks must not depend on the others where the batch must not matter.
+    short = layout.max_q <= SHORT and not rule.batch_invariant
+    kind = (index, dtype, query.shape[1:], key.shape[-2], value.shape[-1], positions, scale, rule, precision, short)
     fixed = _known.get(kind)
     if fixed is None:
-        tiles = _tiles(query, value, rule)
+        tiles = _tiles(query, value, rule, short)
 
         def kernel(module: str, name: str, blocks: Blocks) -> Kernel:
             options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
@@ -409,10 +430,16 @@ def _launcher(module: str, kernel: str) -> Launcher:
     return Launcher(getattr(importlib.import_module(f"varlen_inductor.ops.backends.{module}"), kernel))
 
 
-def _tiles(query: Tensor, value: Tensor, rule: Rule) -> Tiles:
+def _tiles(query: Tensor, value: Tensor, rule: Rule, short: bool) -> Tiles:
     dim = max(query.shape[2], value.shape[-1])
-    # Dropout needs registers and shared memory for its random bits.
-    table = HOPPER if rule.dropout_p == 0.0 and _is_hopper(query.device) else OTHER
+    if not _is_hopper(query.device):
+        table = OTHER
+    elif rule.dropout_p > 0.0:
+        table = HOPPER_DROPOUT
+    elif short:
+        table = HOPPER_SHORT
+    else:
+        table = HOPPER_WINDOWED if rule.windowed else HOPPER
     return next(tiles for (size, limit), tiles in table.items() if size == query.element_size() and dim <= limit)
 
 
