@@ -46,7 +46,17 @@ def environment(device: str) -> dict[str, str]:
         for package in KERNEL_PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[package] = importlib.metadata.version(package)
+        found["kernels that run"] = _kernels()
     return found
+
+
+def _kernels() -> str:
+    """A package that is installed may still not be importable."""
+    from varlen_inductor.ops.backends import BACKENDS
+    from varlen_inductor.ops.problem import Problem
+
+    problem = Problem(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 8, 8, 64, 64, length=512)
+    return ", ".join(backend.name for backend in BACKENDS if backend.supports(problem) is None)
 
 
 def _command() -> str:

@@ -216,6 +216,8 @@ def gpu_busy_ms(step: Callable[[], None]) -> float | None:
 
 def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int) -> list[dict[str, Any]]:
     """Every time first, then what a profiler says: once there was one in a process, its launches take longer."""
+    from varlen_inductor import report
+
     model, batch, mask = make(config, device, dtype)
     density = float(mask.float().mean())
     rows: list[dict[str, Any]] = []
@@ -225,11 +227,14 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
         compiled = programs(config, model, device, mode)
         todo: dict[str, Callable[[], None]] = {}
         first: dict[str, float] = {}
+        kernels: dict[str, list[str]] = {}
         for name, program in compiled.items():
             todo[name] = steps(config, model, program, batch, mask, mode)[phase]
+            report.forget()
             start = time.perf_counter()
             todo[name]()
             first[name] = time.perf_counter() - start
+            kernels[name] = sorted({site.kernel for compiled in report.recent() for site in compiled.sites if site.kernel})
         times = interleaved_wall_ms(todo, device, repeat=repeat)
         queued = queued_ms(todo, device, repeat=repeat)
         base = times["plain torch.compile"]
@@ -248,7 +253,7 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
                 "queued_speedup": queued["plain torch.compile"] / queued[name],
             }
             if name in todo:
-                row |= {"first_call_s": first[name], "peak_mib": memory_of(todo[name])}
+                row |= {"first_call_s": first[name], "kernels": "; ".join(kernels[name]), "peak_mib": memory_of(todo[name])}
                 to_profile.append((phase, row, todo[name]))
             rows.append(row)
     for phase, row, step in to_profile:
