@@ -345,6 +345,13 @@ def test_memory_on_cuda() -> None:
     assert callable(_compat.current_device_index)
 
 
+def test_reinterpret() -> None:
+    x = torch.arange(12)[2:]
+    part = _compat.reinterpret(x, (2, 3), (4, 1), 1)
+    assert part.tolist() == [[3, 4, 5], [7, 8, 9]]
+    assert part.data_ptr() == x[1:].data_ptr() and not part._is_view()
+
+
 def test_known_true() -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = mode.from_tensor(torch.ones(6), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC])).shape[0]

@@ -519,6 +519,13 @@ def cuda_allocator() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype]
     return getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
+def reinterpret(x: torch.Tensor, size: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    """``x.as_strided(size, strides, x.storage_offset() + offset)`` past the dispatcher; autograd knows nothing of it.
+    Code that Inductor generates calls it, too. Read in 2.11, 2.13.
+    """
+    return torch._C._dynamo.guards._reinterpret_tensor(x, size, strides, offset)  # type: ignore[attr-defined,no-any-return,unused-ignore]
+
+
 def below_autocast(device_type: str) -> Any:
     """Context in which operators skip autocast on this kind of device. Read in 2.11, 2.13.
 
