@@ -10,6 +10,7 @@ of three programs a graph becomes:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 from collections.abc import Callable
@@ -90,7 +91,12 @@ def compile_graph(
     if not _may_have_attention(gm):
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
-    rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
+    from varlen_inductor.ops.backends import FASTEST
+
+    # What is replayed takes the host no time. It stands in the graph, for a forward and its backward must agree about it.
+    replayed = inner.records_cuda_graphs and config.kernels == "auto"
+    with config.patch(kernels=FASTEST) if replayed else contextlib.nullcontext():
+        rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
     if rewrite.report.rewritten and inner.options.get("max_autotune"):
         rewrite.report.notes.append(
             "max_autotune: the kernels are timed when the graph is lowered, and the fastest is taken; TORCH_LOGS=+varlen_inductor "

@@ -502,3 +502,31 @@ def test_modes(mode: str) -> None:
             pair(feature_batch(lengths))
     assert steps() == (2, 0)
     assert graphs_compiled() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "expected"),
+    [
+        ({}, "auto", None),
+        ({"triton.cudagraphs": True}, "auto", "fastest"),
+        ({"triton.cudagraphs": True}, "math", "math"),
+    ],
+    ids=str,
+)
+def test_replayed_graphs_ask_for_the_fastest_kernel(options: dict[str, Any], kernels: str, expected: str | None) -> None:
+    """In the graph itself, so that a forward and its backward agree."""
+    asked = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.varlen_inductor.varlen_attn.default)
+        asked.extend(call.kwargs.get("kernels") for call in calls)
+        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+    torch._dynamo.register_backend(inner, name=f"varlen_asked_{len(options)}_{kernels}")  # type: ignore[arg-type]
+    model = Blocks(layers=2)
+    batch = feature_batch(LENGTHS[0])
+    with config.patch(inner_backend=f"varlen_asked_{len(options)}_{kernels}", round_tokens=4, kernels=kernels):
+        compiled = compile_(model, options=options)
+        assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
+    assert steps() == (1, 0)
+    assert asked == [expected] * 2

@@ -75,6 +75,20 @@ def test_the_host_counts_less_outside_of_packed_graphs(table: dict[str, Any]) ->
     assert order()[0] == "aten_flash"
 
 
+def test_the_host_does_not_count_in_what_is_replayed(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = tuple(dataclasses.replace(b, supports=lambda problem: None) for b in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", everything)
+    table["host_us"] = {"aten_flash": {"forward": 100.0, "forward, tails": 500.0}, "triton": {"forward": 0.0}}
+    backends.choose.cache_clear()
+    try:
+        for tails_unread in (False, True):
+            problem = PROBLEM._replace(tails_unread=tails_unread)
+            assert backends.choose(problem).backend.name == "triton"
+            assert backends.choose(problem, "fastest").backend.name == "aten_flash"
+    finally:
+        backends.choose.cache_clear()
+
+
 def test_what_rows_behind_the_end_cost(table: dict[str, Any]) -> None:
     table["host_us"] = {"aten_flash": {"forward": 5.0, "forward, tails": 50.0}, "triton": {"forward": 5.0}}
     assert order(tails_unread=True)[0] == "aten_flash"

@@ -25,6 +25,10 @@ BACKENDS: tuple[Backend, ...] = (
 """Every backend, the preferred first."""
 
 
+FASTEST = "fastest"
+"""The value of ``config.kernels`` for graphs that are replayed: as ``"auto"``, but what a call takes the host does not count."""
+
+
 class Choice(NamedTuple):
     """The backend that runs a problem, and why each of the others does not."""
 
@@ -38,12 +42,12 @@ def backend_names() -> list[str]:
     return [backend.name for backend in BACKENDS]
 
 
-def _order(problem: Problem, backward: bool) -> tuple[Backend, ...]:
+def _order(problem: Problem, backward: bool, host_counts: bool) -> tuple[Backend, ...]:
     """The backends in the order in which they are asked: by measured time, or else by what is usual.
 
     All kernels write the same lse, so that one may follow another, but for dropout, which each draws its own way.
     """
-    fastest = measured.by_time(problem, backward, BACKENDS)
+    fastest = measured.by_time(problem, backward, BACKENDS, host_counts)
     if fastest is not None:
         return fastest
     if problem.seqused_k:
@@ -67,7 +71,7 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
     forced, forbidden = named(kernels)
     chosen: Backend | None = None
     refused: dict[str, str] = {}
-    order = _order(problem, backward)
+    order = _order(problem, backward, host_counts=kernels != FASTEST)
     if forced:
         order = tuple(sorted(order, key=lambda backend: forced.index(backend.name) if backend.name in forced else len(forced)))
     for backend in order:
@@ -95,7 +99,7 @@ def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:
     Raises:
         ValueError: it is not understood, or names a backend that there is not.
     """
-    if kernels == "auto":
+    if kernels in ("auto", FASTEST):
         return (), frozenset()
     names = [name.strip() for name in kernels.split(",")]
     known = backend_names()
@@ -104,6 +108,6 @@ def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:
     if all(name in known for name in names):
         return tuple(names), frozenset()
     raise ValueError(
-        f"config.kernels is {kernels!r}; it must be 'auto', names to choose from, as 'triton,cpu', or names to do without, as "
-        f"'-triton'; there are {', '.join(known)}"
+        f"config.kernels is {kernels!r}; it must be 'auto', 'fastest', names to choose from, as 'triton,cpu', or names to "
+        f"do without, as '-triton'; there are {', '.join(known)}"
     )

@@ -6,7 +6,8 @@ added to it, the time that its call takes the host. In packed graphs that is all
 by the host, and with long ones the kernel is so much the larger that nothing changes. Calls outside of
 packed graphs, from eager code or a model that calls varlen attention itself, count it less (``UNPACKED_HOST``): there the host has
 usually got ahead. It is larger there (``"forward, tails"``), for rows behind the last sequence matter, and some kernels need help
-with them. Whatever was not measured comes after what was, in the order of the list.
+with them. In graphs that are recorded once and replayed the host does not count. Whatever was not measured comes after what was,
+in the order of the list.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def table_for(capability: tuple[int, int]) -> dict[str, Any]:
     return devices.get(f"{capability[0]}.{capability[1]}", {"rows": [], "host_us": {}})  # type: ignore[no-any-return]
 
 
-def by_time(problem: Problem, backward: bool, backends: Sequence[Backend]) -> tuple[Backend, ...] | None:
+def by_time(
+    problem: Problem, backward: bool, backends: Sequence[Backend], host_counts: bool = True
+) -> tuple[Backend, ...] | None:
     """The backends, the one with the shortest time first; None if nothing like the problem was measured."""
     if problem.device.type != "cuda" or torch.version.hip is not None or problem.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -48,7 +51,8 @@ def by_time(problem: Problem, backward: bool, backends: Sequence[Backend]) -> tu
         return None
     # Each kernel drops weights in its own way, so the backward must be the forward's: what counts is both together.
     directions = ("forward", "backward") if problem.dropout_p > 0.0 else ("backward",) if backward else ("forward",)
-    times = {b.name: sum(_time(b.name, direction, row, table, problem.tails_unread) for direction in directions) for b in backends}
+    tails_unread = problem.tails_unread if host_counts else None
+    times = {b.name: sum(_time(b.name, direction, row, table, tails_unread) for direction in directions) for b in backends}
     return tuple(sorted(backends, key=lambda backend: times[backend.name]))
 
 
@@ -63,8 +67,11 @@ def _most_like(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, An
     return min(alike, key=lambda row: (row["head_dim"] < dim, abs(row["head_dim"] - dim), abs(math.log2(row["length"] / length))))
 
 
-def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any], tails_unread: bool) -> float:
+def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any], tails_unread: bool | None) -> float:
+    """``None`` where the host does not count."""
     hosts: dict[str, float] = table["host_us"].get(name, {})
     host = hosts.get(direction, 0.0)
     kernel: float = row[f"{direction}_us"].get(name, math.inf)
+    if tails_unread is None:
+        return kernel
     return kernel + (host if tails_unread else hosts.get(f"{direction}, tails", host) * UNPACKED_HOST)
