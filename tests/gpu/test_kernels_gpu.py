@@ -50,6 +50,14 @@ def test_heads_and_dims(heads: tuple[int, int], dims: tuple[int, int], kernels: 
 
 
 @every_kernel
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+def test_long_sequences(window: str, dims: tuple[int, int], kernels: str) -> None:
+    """Some kernels cut them into other blocks than short ones."""
+    check(kernels, (130, 1, 1300, 64), heads=(4, 2), dims=dims, window=WINDOWS[window], dtype=torch.bfloat16, tail=3)
+
+
+@every_kernel
 @pytest.mark.parametrize("window", ["full", "causal"])
 def test_more_than_64k_tokens(window: str, kernels: str) -> None:
     """Many short sequences: more rows than 16 bits count, and more sequences than some kernels sort."""
