@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from varlen_inductor import config
-
+from . import wanted
 from .builder import Builder, PackedView
 from .dims import as_size, size_of
 from .domain import Domain
@@ -196,9 +195,9 @@ class AttentionEmitter:
             kwargs["seqused_k"] = keys.used
         if needs_positions:
             kwargs.update(position_q=queries.position(), position_k=keys.position())
-        if config.kernels != "auto":
+        if (kernels := wanted.kernels()) != "auto":
             # What the knob is while the passes run: the graph may be traced later, outside of the options that set it.
-            kwargs["kernels"] = config.kernels
+            kwargs["kernels"] = kernels
         call = builder.call(
             torch.ops.varlen_inductor.varlen_attn.default,
             queries.tensor,

@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverloadPacket
 
-from varlen_inductor import _compat, config
+from varlen_inductor import _compat
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.problem import Problem
+
+from . import wanted
 
 __all__ = ["KIND", "KIND_BACKWARD", "Call", "Found", "find", "problem_of", "rewrite"]
 
@@ -204,8 +206,8 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     left, right = given["window_size"] or (-1, -1)
     options = {"scale": given["scale"], "window_left": left, "window_right": 0 if given["is_causal"] else right}
     options = {name: value for name, value in options.items() if value not in (None, -1)}
-    if config.kernels != "auto":
-        options["kernels"] = config.kernels
+    if (kernels := wanted.kernels()) != "auto":
+        options["kernels"] = kernels
     if given.get("seqused_k") is not None:
         options["seqused_k"] = given["seqused_k"]
     return options

@@ -51,8 +51,9 @@ loss outside the compiled function reads padded rows of an output."""
 
 kernels: str = Config(default="auto", env_name_default="VARLEN_INDUCTOR_KERNELS")
 """Which kernels may run the attention: ``"auto"``; ``"fastest"``, by the time of the kernel alone, whatever its call takes the
-host, which is what ``"auto"`` means under ``mode="reduce-overhead"``; names of backends to choose from, the preferred first
-(``"triton,math"``); or names of those to do without (``"-triton"``). ``python -m varlen_inductor doctor`` lists them."""
+host, which is what ``"auto"`` means for attentions that are rewritten under ``mode="reduce-overhead"``; names of backends to
+choose from, the preferred first (``"triton,math"``); or names of those to do without (``"-triton"``).
+``python -m varlen_inductor doctor`` lists them."""
 
 round_tokens: int = 128
 """The number of packed tokens is rounded up to a multiple of this, so that few sizes occur."""

@@ -10,7 +10,6 @@ of three programs a graph becomes:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import operator
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from varlen_inductor import _compat, _compat_inductor, config, report, runtime
-from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, worth
+from varlen_inductor.patterns import align, demand, facts, oprules, recompute, regions, upstream_varlen, wanted, worth
 from varlen_inductor.patterns import builder as packing
 from varlen_inductor.patterns.attention import find_candidates
 from varlen_inductor.patterns.builder import Builder, Plan
@@ -91,12 +90,7 @@ def compile_graph(
     if not _may_have_attention(gm):
         report.publish(report.Report())
         return inner.compile(gm, example_inputs)
-    from varlen_inductor.ops.backends import FASTEST
-
-    # What is replayed takes the host no time. It stands in the graph, for a forward and its backward must agree about it.
-    replayed = inner.records_cuda_graphs and config.kernels == "auto"
-    with config.patch(kernels=FASTEST) if replayed else contextlib.nullcontext():
-        rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
+    rewrite = rewrite_graph(gm, mode=config.packing, cuda_graphs=inner.records_cuda_graphs)
     if rewrite.report.rewritten and inner.options.get("max_autotune"):
         rewrite.report.notes.append(
             "max_autotune: the kernels are timed when the graph is lowered, and the fastest is taken; TORCH_LOGS=+varlen_inductor "
@@ -132,7 +126,8 @@ def _is_fixed(placeholder: fx.Node) -> bool:
 def rewrite_in_place(gm: fx.GraphModule) -> report.Report:
     """The pass form: attention only, in the module that Inductor goes on with."""
     _compat.import_operators()
-    rewrite = rewrite_graph(gm, mode="off" if config.packing == "off" else "attention")
+    replayed = bool(_compat_inductor.inductor_setting("triton.cudagraphs"))
+    rewrite = rewrite_graph(gm, mode="off" if config.packing == "off" else "attention", cuda_graphs=replayed)
     if rewrite.gm is not None:
         replace_body(gm, rewrite.gm)
     return rewrite.report
@@ -145,6 +140,11 @@ def rewrite_graph(gm: fx.GraphModule, *, mode: str, cuda_graphs: bool = False) -
         mode: ``"model"``, ``"attention"`` or ``"off"`` (only look).
         cuda_graphs: whether Inductor is to record CUDA graphs.
     """
+    with wanted.for_graph(replayed=cuda_graphs):
+        return _rewrite(gm, mode, cuda_graphs)
+
+
+def _rewrite(gm: fx.GraphModule, mode: str, cuda_graphs: bool) -> Rewrite:
     made = report.Report()
     made.see_before(gm)
     varlen = _rewrite_varlen(gm, made, mode)
@@ -233,7 +233,7 @@ def _kernel_of_call(call: upstream_varlen.Call, line: report.Site) -> str | None
         line.kernel = "ATen operators"
         return "AOTInductor compiles forwards only" if call.backward else None
     try:
-        chosen = choose_kernel(problem, config.kernels, call.backward)
+        chosen = choose_kernel(problem, wanted.kernels(), call.backward)
     except RuntimeError as refusal:
         return str(refusal)
     if chosen.backend.name == "math" and problem.device.type != "cpu":
@@ -461,13 +461,13 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
             raise SiteRefused(site, reason)
         sites.lines[site].kernel = "aten_flash"
         return "aten_flash"
-    chosen = choose_kernel(problem, config.kernels)
+    chosen = choose_kernel(problem, wanted.kernels())
     if chosen.backend.name == "math" and query.device.type != "cpu":
         raise SiteRefused(site, "no fast kernel for it: " + "; ".join(f"{k}: {v}" for k, v in chosen.refused.items()))
     line = sites.lines[site]
     line.kernel, line.other_kernels = chosen.backend.name, dict(chosen.refused)
     if _trains(site):
-        behind = choose_kernel(problem, config.kernels, True).backend.name
+        behind = choose_kernel(problem, wanted.kernels(), True).backend.name
         if behind != line.kernel:
             line.kernel = f"{line.kernel}, backward {behind}"
             line.other_kernels.pop(behind, None)

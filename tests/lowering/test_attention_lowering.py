@@ -106,7 +106,7 @@ def test_a_site_goes_on_with_another_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
     backend = dataclasses.replace(cpu.BACKEND, forward=broken, backward=broken)
     monkeypatch.setattr(backends, "BACKENDS", (backend, math.BACKEND))
-    monkeypatch.setattr(backends, "_order", lambda problem, backward: backends.BACKENDS)
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
     backends.choose.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: no luck"):

@@ -86,7 +86,7 @@ def test_a_site_has_its_kernel_write_in_place(monkeypatch: pytest.MonkeyPatch) -
 
     differentiate = direct.site("backward_joined", kernels="auto")
     monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cpu.BACKEND, backward_into=into), math.BACKEND))
-    monkeypatch.setattr(backends, "_order", lambda problem, backward: backends.BACKENDS)
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
     backends.choose.cache_clear()
     try:
         first = differentiate(*given)

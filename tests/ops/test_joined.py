@@ -150,7 +150,7 @@ def recording(backend: Any, calls: list[str], error: Exception | None = None) ->
 
 def use(monkeypatch: pytest.MonkeyPatch, *those: Any) -> None:
     monkeypatch.setattr(backends, "BACKENDS", those)
-    monkeypatch.setattr(backends, "_order", lambda problem, backward: backends.BACKENDS)
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
     backends.choose.cache_clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,11 +26,14 @@ from packed_models import (
     steps,
 )
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 from helpers import run_python
 from varlen_inductor import config, nested, runtime
 from varlen_inductor.lowering.quick_launches import FIRST
+from varlen_inductor.patterns import wanted
 
 Batches = Sequence[dict[str, Tensor]]
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -505,28 +509,33 @@ def test_modes(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "kernels", "expected"),
-    [
-        ({}, "auto", None),
-        ({"triton.cudagraphs": True}, "auto", "fastest"),
-        ({"triton.cudagraphs": True}, "math", "math"),
-    ],
-    ids=str,
+    ("cuda_graphs", "kernels", "expected"),
+    [(False, "auto", "auto"), (True, "auto", "fastest"), (True, "math", "math")],
 )
-def test_replayed_graphs_ask_for_the_fastest_kernel(options: dict[str, Any], kernels: str, expected: str | None) -> None:
-    """In the graph itself, so that a forward and its backward agree."""
-    asked = []
+def test_replayed_graphs_ask_for_the_fastest_kernel(cuda_graphs: bool, kernels: str, expected: str) -> None:
+    """In the graph itself, so that a forward and its backward agree: with dropout they must be the same kernel's."""
+    asked: list[tuple[str, Any]] = []
 
-    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.varlen_inductor.varlen_attn.default)
-        asked.extend(call.kwargs.get("kernels") for call in calls)
-        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+    def seen(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        for name in ("varlen_attn", "varlen_attn_backward"):
+            for node in gm.graph.find_nodes(op="call_function", target=getattr(torch.ops.varlen_inductor, name).default):
+                asked.append((name, node.kwargs["kernels"]))
+        return make_boxed_func(gm.forward)
 
-    torch._dynamo.register_backend(inner, name=f"varlen_asked_{len(options)}_{kernels}")  # type: ignore[arg-type]
-    model = Blocks(layers=2)
+    name = f"varlen_asked_{cuda_graphs}_{kernels}"
+    torch._dynamo.register_backend(aot_autograd(fw_compiler=seen, bw_compiler=seen), name=name)  # type: ignore[arg-type]
     batch = feature_batch(LENGTHS[0])
-    with config.patch(inner_backend=f"varlen_asked_{len(options)}_{kernels}", round_tokens=4, kernels=kernels):
-        compiled = compile_(model, options=options)
-        assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
+    with config.patch(inner_backend=name, round_tokens=4, kernels=kernels):
+        compiled = compile_(Blocks(dropout=0.2), options={"triton.cudagraphs": cuda_graphs})
+        result = compiled(**batch)
+        assert config.kernels == kernels
+    result.square().sum().backward()
     assert steps() == (1, 0)
-    assert asked == [expected] * 2
+    assert sorted(asked) == [("varlen_attn", expected)] * 2 + [("varlen_attn_backward", expected)] * 2
+
+
+def test_other_threads_do_not_see_what_a_graph_wants() -> None:
+    with wanted.for_graph(replayed=True), ThreadPoolExecutor(1) as pool:
+        assert wanted.kernels() == "fastest"
+        assert pool.submit(wanted.kernels).result() == config.kernels == "auto"
+    assert wanted.kernels() == "auto"

@@ -91,6 +91,22 @@ def test_again(hooks: SimpleNamespace) -> None:
     assert len(log) == 2
 
 
+def test_with_addresses(hooks: SimpleNamespace) -> None:
+    """A launch that is known gets the addresses, any other the tensors: the first, one on no device, one that a hook hears of."""
+    log: list[Any] = []
+    launcher = Launcher(Kernel(Compiled(log), log))
+    given = ((ROWS, None), (4096, None), 5)
+    launcher.with_addresses((2, 3, 1), "key", 41, *given, num_warps=8)
+    launcher.with_addresses((2, 3, 1), "key", 41, *given, num_warps=8)
+    assert log[0] == ("first", (2, 3, 1), (ROWS, None, 5), {"num_warps": 8})
+    assert log[1] == ("directly", (2, 3, 1, 41, 7, (4, 1, 0), None, None, None, 4096, None, 5))
+    launcher.with_addresses((2, 3, 1), "key", None, *given)
+    assert log[2] == ("directly", (2, 3, 1, 40, 7, (4, 1, 0), None, None, None, ROWS, None, 5))
+    hooks.launch_enter_hook.calls.append(print)
+    launcher.with_addresses((2, 3, 1), "key", 41, *given)
+    assert log[3:] == [("by Triton", (2, 3, 1), (ROWS, None, 5))]
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_are_called_by_triton(name: str, hooks: SimpleNamespace) -> None:
     log: list[Any] = []

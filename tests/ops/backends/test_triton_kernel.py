@@ -29,9 +29,9 @@ pytestmark = needs_interpreter
 
 
 def small_blocks_on_the_cpu() -> None:
-    """Blocks so small that a short sequence has several of them."""
-    small = triton_kernel.Blocks(16, 16, 4, 1)
-    triton_kernel.OTHER.update(dict.fromkeys(triton_kernel.OTHER, triton_kernel.Tiles(small, small, small)))
+    """Blocks so small that a short sequence has several of them, and not the same in a forward and its backward."""
+    blocks = (triton_kernel.Blocks(queries, keys, 4, 1) for queries, keys in ((16, 16), (16, 32), (32, 16)))
+    triton_kernel.OTHER.update(dict.fromkeys(triton_kernel.OTHER, triton_kernel.Tiles(*blocks)))
     backends.BACKENDS = (dataclasses.replace(triton_kernel.BACKEND, supports=lambda problem: None),)
     backends.choose.cache_clear()
     torch.manual_seed(0)
