@@ -1,9 +1,10 @@
 """Generated code of packed graphs runs without what Inductor asks before each launch and at the start of each call.
 
 Up to version 2.11 of PyTorch (2.13 does this itself) every launch of a generated kernel asks again what its first one has settled:
-whether there is more than one configuration left, whether something is to be dumped or tuned. A packed training step launches some
-hundred of them, and where the host is slow it waits for the host. (On one H100, B 32, S 512 of benchmarks/model.py: forward and
-backward were launched in 9.2 instead of 10.5 ms, by a script that is not kept.)
+whether there is more than one configuration left, whether something is to be dumped or tuned. It also hands over tensors, about
+whose addresses CUDA is then asked one by one; here it hands over the addresses. A packed training step launches some hundred
+kernels, and where the host is slow it waits for the host. (Before addresses were handed over, on one H100, B 32, S 512 of
+benchmarks/model.py: forward and backward were launched in 9.2 instead of 10.5 ms, by a script that is not kept.)
 
 And every call compares the sizes and strides of all its inputs, some hundred parameters among them, with those it was compiled for
 (up to 2.11 before the first kernel is launched). The guards of the compile around a packed graph have just done that for a forward.
