@@ -519,11 +519,17 @@ def cuda_allocator() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype]
     return getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
-def reinterpret(x: torch.Tensor, size: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
-    """``x.as_strided(size, strides, x.storage_offset() + offset)`` past the dispatcher; autograd knows nothing of it.
-    Code that Inductor generates calls it, too. Read in 2.11, 2.13.
-    """
-    return torch._C._dynamo.guards._reinterpret_tensor(x, size, strides, offset)  # type: ignore[attr-defined,no-any-return,unused-ignore]
+def _as_strided(x: torch.Tensor, size: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    return x.as_strided(size, strides, x.storage_offset() + offset)
+
+
+reinterpret: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], torch.Tensor] = getattr(
+    torch._C._dynamo.guards, "_reinterpret_tensor", _as_strided
+)
+"""``x.as_strided(size, strides, x.storage_offset() + offset)`` past the dispatcher; autograd knows nothing of it.
+
+Code that Inductor generates calls it, too. Read in 2.11, 2.13.
+"""
 
 
 def below_autocast(device_type: str) -> Any:
