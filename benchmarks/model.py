@@ -3,9 +3,9 @@
     python benchmarks/model.py [--device cuda|cpu] [--config NAME ...] [--mode default|reduce-overhead] [--output FOLDER]
 
 ``wall_ms`` is a step with the device idle before and after it, ``queued_ms`` one of many that are enqueued one after another, as
-in training. The *limit* is the padded time multiplied by the share of valid tokens, as if all cost scaled with tokens.
-*By hand* packs the tokens once with PyTorch's own ``varlen_attn`` (CUDA) inside the compiled model, its token count from
-``nonzero``.
+in training. ``difference`` is how far results at valid positions are from those of plain `torch.compile`, relative to their norm.
+The *limit* is the padded time multiplied by the share of valid tokens, as if all cost scaled with tokens. *By hand* packs tokens
+once with PyTorch's own ``varlen_attn`` (CUDA) inside the compiled model, its token count from ``nonzero``.
 """
 
 from __future__ import annotations
@@ -194,6 +194,15 @@ def steps(
     return {"forward": forward, "forward+backward": train}
 
 
+def results(program: Callable[..., Any], batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """What the program gives at valid positions (or for each sequence), to be compared."""
+    torch.compiler.cudagraph_mark_step_begin()
+    with torch.no_grad():
+        out = program(**batch)
+    found = out if isinstance(out, Tensor) else out.logits
+    return (found[mask] if found.shape[:2] == mask.shape else found).float().clone()
+
+
 def memory_of(step: Callable[[], None]) -> float | None:
     if not torch.cuda.is_available():
         return None
@@ -237,6 +246,7 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
             kernels[name] = sorted({site.kernel for compiled in report.recent() for site in compiled.sites if site.kernel})
         times = interleaved_wall_ms(todo, device, repeat=repeat)
         queued = queued_ms(todo, device, repeat=repeat)
+        expected = results(compiled["plain torch.compile"], batch, mask) if phase == "forward" else None
         base = times["plain torch.compile"]
         times["limit (padded x density)"] = base * density
         queued["limit (padded x density)"] = queued["plain torch.compile"] * density
@@ -254,6 +264,9 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
             }
             if name in todo:
                 row |= {"first_call_s": first[name], "kernels": "; ".join(kernels[name]), "peak_mib": memory_of(todo[name])}
+                if expected is not None:
+                    difference = results(compiled[name], batch, mask) - expected
+                    row["difference"] = float(difference.norm() / expected.norm())
                 to_profile.append((phase, row, todo[name]))
             rows.append(row)
     for phase, row, step in to_profile:
@@ -270,7 +283,7 @@ def in_a_process(*args: Any) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     numbers = (("wall_ms", 2), ("speedup", 2), ("queued_ms", 2), ("queued_speedup", 2), ("gpu_busy_ms", 2), ("peak_mib", 0))
-    columns = (*numbers, ("first_call_s", 1))
+    columns = (*numbers, ("first_call_s", 1), ("difference", 7))
     print(f"{'config':14} {'phase':17} {'mode':16} {'variant':26}", *(f"{name:>14}" for name, _ in columns))
     for r in rows:
         cells = ["" if r.get(name) is None else f"{r[name]:.{digits}f}" for name, digits in columns]
