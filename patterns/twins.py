@@ -16,6 +16,7 @@ from torch import fx
 
 from .dims import leaves, size_of
 from .oprules import POINTWISE, Args, is_tensor, looked_up, op_name, permutation
+from .registry import entering
 
 if TYPE_CHECKING:
     from .builder import PackedView
@@ -23,19 +24,11 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Handler = Callable[["PackedView", fx.Node], fx.Node]
 _HANDLERS: dict[str, Handler] = {}
+handler = entering(_HANDLERS)
 
 
 class NotPackable(Exception):
     """This node has no packed twin; it is computed on padded rows instead."""
-
-
-def handler(*names: str) -> Callable[[Handler], Handler]:
-    def register(function: Handler) -> Handler:
-        for name in names:
-            _HANDLERS[name] = function
-        return function
-
-    return register
 
 
 def has_twin(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn import functional as F
 
-from varlen_inductor import _compat, _compat_inductor, config
+from varlen_inductor import _compat, _compat_inductor, _compat_operators, config
 
 # What lives there for the sake of its neighbours.
 PUBLIC_ONLY = {"import_operators"}
@@ -249,9 +249,9 @@ def test_run_fake() -> None:
 
 def test_dispatch_below_autograd() -> None:
     x = torch.ones(1, requires_grad=True)
-    assert _compat.any_requires_grad(None, x)
-    assert not _compat.any_requires_grad(None, x.detach())
-    with _compat.below_autograd():
+    assert _compat_operators.any_requires_grad(None, x)
+    assert not _compat_operators.any_requires_grad(None, x.detach())
+    with _compat_operators.below_autograd():
         assert not (x + 1).requires_grad
     assert (x + 1).requires_grad
 
@@ -261,13 +261,13 @@ def test_goes_straight() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     x = torch.ones(2, requires_grad=True)
-    assert _compat.goes_straight(x, nn.Parameter(x))
+    assert _compat_operators.goes_straight(x, nn.Parameter(x))
     with torch.no_grad():
-        assert _compat.goes_straight(x)
+        assert _compat_operators.goes_straight(x)
     with torch.inference_mode():
-        assert _compat.goes_straight(x)
+        assert _compat_operators.goes_straight(x)
     in_the_way = (
-        _compat.below_autograd(),
+        _compat_operators.below_autograd(),
         torch.autocast("cpu", torch.bfloat16),
         TorchDispatchMode(),
         torch.device("cpu"),
@@ -275,23 +275,23 @@ def test_goes_straight() -> None:
     )
     for context in in_the_way:
         with context:
-            assert not _compat.goes_straight(x), context
-        assert _compat.goes_straight(x)
+            assert not _compat_operators.goes_straight(x), context
+        assert _compat_operators.goes_straight(x)
     seen = []
-    torch.func.vmap(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
-    torch.func.functionalize(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
-    torch.fx.experimental.proxy_tensor.make_fx(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x)(x)
-    torch.jit.trace(lambda x: seen.append(_compat.goes_straight(torch.ones(1))) or x * 2, x.detach(), check_trace=False)
+    torch.func.vmap(lambda x: seen.append(_compat_operators.goes_straight(torch.ones(1))) or x)(x)
+    torch.func.functionalize(lambda x: seen.append(_compat_operators.goes_straight(torch.ones(1))) or x)(x)
+    torch.fx.experimental.proxy_tensor.make_fx(lambda x: seen.append(_compat_operators.goes_straight(torch.ones(1))) or x)(x)
+    torch.jit.trace(lambda x: seen.append(_compat_operators.goes_straight(torch.ones(1))) or x * 2, x.detach(), check_trace=False)
     assert seen
     assert not any(seen)
-    assert not _compat.goes_straight(torch.ones(1, dtype=torch.complex64).conj().imag)
-    assert not _compat.goes_straight(x.detach().as_subclass(type("Sub", (torch.Tensor,), {})))
+    assert not _compat_operators.goes_straight(torch.ones(1, dtype=torch.complex64).conj().imag)
+    assert not _compat_operators.goes_straight(x.detach().as_subclass(type("Sub", (torch.Tensor,), {})))
 
 
 def test_knob_reader() -> None:
 
     for name, values in {"debug": (True, False), "kernels": ("math", "auto")}.items():
-        read = _compat.knob_reader(config, name)
+        read = _compat_operators.knob_reader(config, name)
         assert read() == getattr(config, name)
         for value in values:
             with config.patch(**{name: value}):
@@ -306,7 +306,7 @@ def test_dispatch_below_autocast() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
-        with _compat.below_autocast("cpu"):
+        with _compat_operators.below_autocast("cpu"):
             assert (x @ x).dtype == torch.float32
 
 
@@ -342,11 +342,11 @@ def test_launches_of_generated_kernels() -> None:
 
 def test_memory_on_cuda() -> None:
     """That it works is shown on a GPU (`tests/gpu`)."""
-    assert callable(_compat.cuda_allocator())
-    assert callable(_compat.current_device_index)
+    assert callable(_compat_operators.cuda_allocator())
+    assert callable(_compat_operators.current_device_index)
 
 
-@pytest.mark.parametrize("reinterpret", [_compat.reinterpret, _compat._as_strided])
+@pytest.mark.parametrize("reinterpret", [_compat_operators.reinterpret, _compat_operators._as_strided])
 def test_reinterpret(reinterpret: Callable[..., torch.Tensor]) -> None:
     x = torch.arange(12)[2:]
     part = reinterpret(x, (2, 3), (4, 1), 1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..registry import entering
 from .algebra import Builder, size_of
 from .expr import Expr, is_integer
 
@@ -39,21 +40,11 @@ Index = tuple[Expr, ...]
 Rule = Callable[["Interpreter", fx.Node, dict[str, Any], Index], Expr]
 
 RULES: dict[str, Rule] = {}
+rule = entering(RULES)
 
 
 class Unsupported(Exception):
     """A rule cannot express this call; the value becomes a leaf, and the message says why."""
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the ATen operators of these names (without overload)."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
 
 
 def value_of(node: fx.Node) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..dims import DimConflict, Dims, leaves, unify
+from ..registry import entering
 
 Mixed = tuple[tuple[fx.Node, int], ...]
 
@@ -71,15 +72,7 @@ class Args:
 
 Rule = Callable[[Args], Typing]
 RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
+rule = entering(RULES)
 
 
 def is_tensor(value: object) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops import attention, eager, into
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import Layout, Rule
@@ -107,7 +107,7 @@ def varlen_attn(
         key, value, gathered = gather_pages(key, value, paged)
         cu_seq_k, block_table = gathered.cu_seq_k, None
     want_lse = return_aux is not None and return_aux.lse
-    if not torch.compiler.is_compiling() and _compat.goes_straight(query, key, value):
+    if not torch.compiler.is_compiling() and _compat_operators.goes_straight(query, key, value):
         scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
         layout = Layout(cu_seq_q, cu_seq_k, int(max_q), int(max_k), seqused_k, position_q, position_k, False, block_table)
         rule = Rule(scale, window_left, window_right, dropout_p, softcap, num_splits == 1)

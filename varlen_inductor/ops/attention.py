@@ -41,7 +41,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat, config
+from varlen_inductor import _compat_operators, config
 from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
@@ -70,8 +70,8 @@ varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
 varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
 
 
-debug = _compat.knob_reader(config, "debug")
-default_kernels = _compat.knob_reader(config, "kernels")
+debug = _compat_operators.knob_reader(config, "debug")
+default_kernels = _compat_operators.knob_reader(config, "kernels")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ _Results = TypeVar("_Results", Tensor, tuple[Tensor, Tensor, Tensor])
 
 def _below(op: Any, kernel: Callable[..., _Results], keyset: Any, args: Any, options: dict[str, Any]) -> _Results:
     """The operator without autograd; its kernel itself where the dispatcher would find nothing else, for that is cheaper."""
-    with _compat.below_autograd():
-        if _compat.reaches_the_kernel(keyset):
+    with _compat_operators.below_autograd():
+        if _compat_operators.reaches_the_kernel(keyset):
             return kernel(*args, **options)
         return op.redispatch(keyset, *args, **options)  # type: ignore[no-any-return]
 
@@ -255,7 +255,7 @@ def through_backward(
         if grad_lse is None:
             return None, None, None
         grad_out = torch.zeros_like(out)
-    if _compat.nothing_intercepts(grad_out, grad_lse, query):
+    if _compat_operators.nothing_intercepts(grad_out, grad_lse, query):
         return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
     cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _ = layout
     scale, window_left, window_right, dropout_p, softcap, _ = rule
@@ -314,10 +314,10 @@ _TENSOR_OPTIONS = ("seqused_k", "position_q", "position_k")
 
 
 def _autograd(keyset: Any, *args: Any, **options: Any) -> Any:
-    below = _compat.keys_after_autograd(keyset)
+    below = _compat_operators.keys_after_autograd(keyset)
     # The backward runs in a thread of autograd's, where the knobs have their defaults: fix the choice of kernel here.
     options.setdefault("kernels", default_kernels())
-    if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:3]):
+    if torch.is_grad_enabled() and _compat_operators.any_requires_grad(*args[:3]):
         if options.get("block_table") is not None:
             raise RuntimeError("keys in pages have no gradient: call this under torch.no_grad(), or varlen_inductor.varlen_attn")
         return _VarlenAttn.apply(below, options, *args)
@@ -343,8 +343,8 @@ def without_double_backward(op: Any, kernel: Callable[..., _Results]) -> Callabl
     """What autograd does with ``op``, an operator with the arguments of the backward, whose kernel is ``kernel``."""
 
     def autograd(keyset: Any, *args: Any, **options: Any) -> Any:
-        below = _compat.keys_after_autograd(keyset)
-        if torch.is_grad_enabled() and _compat.any_requires_grad(*args[:8]):
+        below = _compat_operators.keys_after_autograd(keyset)
+        if torch.is_grad_enabled() and _compat_operators.any_requires_grad(*args[:8]):
             return _NoDoubleBackward.apply(op, kernel, below, options, *args)
         return _below(op, kernel, below, args, options)
 
@@ -364,7 +364,7 @@ def _autocast(device_type: str) -> Callable[..., Any]:
     def kernel(*args: Any, **options: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         operands = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in args[:3])
-        with _compat.below_autocast(device_type):
+        with _compat_operators.below_autocast(device_type):
             return varlen_attn(*operands, *args[3:], **options)
 
     return kernel

@@ -1,7 +1,7 @@
 """``varlen_attn`` in eager mode, past PyTorch's dispatcher where that would only pass the call on.
 
 With short sequences a call is bound by what Python does around the kernel, and the dispatcher is the largest part of that. Nothing
-is lost without it if nobody records, transforms or casts: `_compat.goes_straight` says so.
+is lost without it if nobody records, transforms or casts: `_compat_operators.goes_straight` says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.attention import debug, default_kernels, run_forward, through_backward
 from varlen_inductor.ops.problem import Layout, Problem, Rule, must_be_deterministic
 from varlen_inductor.ops.validate import check_lengths, check_operands
@@ -22,7 +22,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule
     check_operands(query, key, value, layout, rule)
     if debug():
         check_lengths(layout, query, key)
-    if torch.is_grad_enabled() and _compat.any_requires_grad(query, key, value):
+    if torch.is_grad_enabled() and _compat_operators.any_requires_grad(query, key, value):
         return _Attention.apply(layout, rule, default_kernels(), want_lse, query, key, value)  # type: ignore[no-any-return]
     out, lse, _ = run_forward(query, key, value, layout, rule, default_kernels())
     return (out, lse) if want_lse else out

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.attention import (
     LIBRARY,
     OPERANDS,
@@ -90,9 +90,9 @@ def backward_joined_by(
             width = of_query + of_key + of_value
             joined = empty(query, rows, width)
             grads = (
-                _compat.reinterpret(joined, (rows, heads, dim), (width, dim, 1), 0),
-                _compat.reinterpret(joined, (rows, heads_k, dim), (width, dim, 1), of_query),
-                _compat.reinterpret(joined, (rows, heads_k, dim_v), (width, dim_v, 1), of_query + of_key),
+                _compat_operators.reinterpret(joined, (rows, heads, dim), (width, dim, 1), 0),
+                _compat_operators.reinterpret(joined, (rows, heads_k, dim), (width, dim, 1), of_query),
+                _compat_operators.reinterpret(joined, (rows, heads_k, dim_v), (width, dim_v, 1), of_query + of_key),
             )
             backend.backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
             return joined

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from triton_interpreter import interpret, needs_interpreter
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows, launch
@@ -122,8 +122,8 @@ def fresh_memory_is_nan() -> None:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cudnn, "plan_for", StandIn)
     monkeypatch.setattr(cudnn, "_known", {})
-    monkeypatch.setattr(_compat, "current_device_index", lambda: -1)
-    monkeypatch.setattr(_compat, "current_stream_pointer", lambda index: STREAM)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: -1)
+    monkeypatch.setattr(_compat_operators, "current_stream_pointer", lambda index: STREAM)
     monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cudnn.BACKEND, supports=lambda problem: None),))
     backends.choose.cache_clear()
     fresh_memory_is_nan()

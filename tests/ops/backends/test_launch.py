@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends import launch
 from varlen_inductor.ops.backends.launch import Launcher
 
@@ -60,8 +60,8 @@ class Kernel:
 def hooks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     runtime = SimpleNamespace(launch_enter_hook=Hooks(), launch_exit_hook=Hooks())
     monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(_compat, "current_stream_pointer", lambda index: 40 + index)
-    monkeypatch.setattr(_compat, "current_device_index", lambda: 0)
+    monkeypatch.setattr(_compat_operators, "current_stream_pointer", lambda index: 40 + index)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: 0)
     return runtime
 
 
@@ -165,7 +165,7 @@ def test_on_another_device(hooks: SimpleNamespace, monkeypatch: pytest.MonkeyPat
         def __exit__(self, *_: object) -> None:
             current.pop()
 
-    monkeypatch.setattr(_compat, "current_device_index", lambda: current[-1])
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(Compiled, "run", lambda self, *args: log.append((current[-1], args[3])))
     launcher = Launcher(Kernel(Compiled(log), log))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends import memory
 
 
@@ -32,7 +32,7 @@ def size(request: pytest.FixtureRequest) -> tuple[int, ...]:
 def test_size_strides_and_dtype(size: tuple[int, ...], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the allocator of CPU memory, which generated code calls in the same way."""
     monkeypatch.setattr(memory, "_allocate", torch._C._dynamo.guards._empty_strided_cpu)
-    monkeypatch.setattr(_compat, "current_device_index", lambda: 1)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: 1)
     found = memory.empty(OnDevice(), *size, dtype=dtype)  # type: ignore[arg-type]
     expected = torch.empty(size, dtype=dtype or torch.bfloat16)
     assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
@@ -43,7 +43,7 @@ def test_by_pytorch_on_another_device_or_without_the_allocator(
     current: int, there_is_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_allocate", torch._C._dynamo.guards._empty_strided_cpu if there_is_one else None)
-    monkeypatch.setattr(_compat, "current_device_index", lambda: current)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: current)
     assert memory.empty(OnDevice(), 2, 3, dtype=torch.int8) == ("by PyTorch", (2, 3), torch.int8)  # type: ignore[arg-type, comparison-overlap]
 
 

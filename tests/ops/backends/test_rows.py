@@ -9,7 +9,7 @@ import torch
 from launch_stand_in import compiled, note_launches
 
 from triton_interpreter import interpret, needs_interpreter
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends import rows
 
 
@@ -96,8 +96,8 @@ def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "current_device_index", lambda: 1)
-    monkeypatch.setattr(_compat, "current_stream_pointer", lambda index: 40 + index)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: 1)
+    monkeypatch.setattr(_compat_operators, "current_stream_pointer", lambda index: 40 + index)
     assert [rows.stream_of(index) for index in (-1, 0, 1)] == [None, None, 41]
 
 

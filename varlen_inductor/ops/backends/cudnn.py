@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
@@ -74,7 +74,7 @@ def _unavailable(device: torch.device) -> str | None:
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``."""
     index = query.get_device()
-    if index != _compat.current_device_index():
+    if index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return forward(query, key, value, layout, rule)
     if rule.scale <= 0.0:
@@ -88,7 +88,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     out = empty(query, tokens, heads, value.shape[2])
     lse = empty(query, heads, tokens, dtype=torch.float32)
     rng_state = empty(query, 0, dtype=torch.uint64) if rule.dropout_p == 0.0 else _new_rng_state(query)
-    stream = _compat.current_stream_pointer(index)
+    stream = _compat_operators.current_stream_pointer(index)
     places = place(plan, layout, lse, stream)
     pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
     plan.run(index, stream, pointers, places.workspace)
@@ -135,7 +135,7 @@ def backward_into(
 ) -> None:
     """Writes the gradients of query, key and value to ``grads``; see ``BackwardInto``."""
     index = query.get_device()
-    if index != _compat.current_device_index():
+    if index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
     if rule.scale <= 0.0:
@@ -155,7 +155,7 @@ def backward_into(
     of_grads = (grad_query.stride(0), dim, 1), (grad_key.stride(0), dim, 1), (grad_value.stride(0), dim_v, 1)
     strides = (strides_q, strides_k, strides_v, strides_g, *of_grads)
     plan = plan_of(True, query, key, value, strides, layout, rule)
-    stream = _compat.current_stream_pointer(index)
+    stream = _compat_operators.current_stream_pointer(index)
     places = place_backward(plan, layout, lse, stream)
     operands = (at_q, at_k, at_v, out.data_ptr(), places.stats, at_g, *at_grads)
     plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, rule)), places.workspace)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.problem import UNBOUNDED, Rule
 
 FORWARD = ("q", "k", "v", "o", "stats")
@@ -215,7 +215,7 @@ def _build(key: Key, layouts: dict[str, tuple[list[int], list[int]]], names: tup
         io_data_type=data,
         intermediate_data_type=types.FLOAT,
         compute_data_type=types.FLOAT,
-        handle=_handle(key.device.index, _compat.current_stream_pointer(key.device.index)),
+        handle=_handle(key.device.index, _compat_operators.current_stream_pointer(key.device.index)),
     )
     uids = itertools.count(len(names) + 1)
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
 from varlen_inductor.ops.backends.memory import empty
@@ -268,7 +268,7 @@ def _run(way: str, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int, int,
     """Call the function of the package with ``tensors``, which are named in ``ARGUMENTS[way]``; ``sizes`` as of ``_operands``."""
     q = tensors[0]
     device = q.device
-    if _several_devices() and device.type == "cuda" and device.index != _compat.current_device_index():
+    if _several_devices() and device.type == "cuda" and device.index != _compat_operators.current_device_index():
         with torch.cuda.device(device):  # the package launches on the current device
             _run(way, tensors, sizes, layout, rule)
         return

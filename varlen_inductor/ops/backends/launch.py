@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 
 try:
     from triton import knobs
@@ -53,7 +53,7 @@ class Launcher:
             options: Triton's own, as ``num_warps``.
         """
         device = args[0].get_device()
-        if device >= 0 and device != _compat.current_device_index():  # to look costs less than to switch
+        if device >= 0 and device != _compat_operators.current_device_index():  # to look costs less than to switch
             with torch.cuda.device(device):
                 self._launch(device, grid, key, args, options)
         else:
@@ -107,7 +107,7 @@ class Launcher:
             compiled.kernel[grid](*args)
         else:
             _, run, function, metadata = compiled
-            run(*grid, _compat.current_stream_pointer(device), function, metadata, None, None, None, *args)
+            run(*grid, _compat_operators.current_stream_pointer(device), function, metadata, None, None, None, *args)
 
 
 def _compiled(kernel: Any) -> Compiled:
@@ -130,9 +130,9 @@ def _hooked() -> bool:
 
 def stream_of(index: int) -> int | None:
     """The current stream of device ``index``, as a number, if that is the current device: `Launcher.again` asks for both."""
-    if index < 0 or index != _compat.current_device_index():
+    if index < 0 or index != _compat_operators.current_device_index():
         return None
-    return _compat.current_stream_pointer(index)
+    return _compat_operators.current_stream_pointer(index)
 
 
 def kind(number: int) -> int:

@@ -42,7 +42,11 @@ def table_for(capability: tuple[int, int]) -> dict[str, Any]:
 def by_time(
     problem: Problem, backward: bool, backends: Sequence[Backend], host_counts: bool = True
 ) -> tuple[Backend, ...] | None:
-    """The backends, the one with the shortest time first; None if nothing like the problem was measured."""
+    """The backends, the one with the shortest time first; None if nothing like the problem was measured.
+
+    Args:
+        host_counts: whether what a call takes the host is added to the kernel's time.
+    """
     if problem.device.type != "cuda" or torch.version.hip is not None or problem.dtype not in (torch.float16, torch.bfloat16):
         return None
     table = table_for(torch.cuda.get_device_capability(problem.device))
@@ -51,8 +55,12 @@ def by_time(
         return None
     # Each kernel drops weights in its own way, so the backward must be the forward's: what counts is both together.
     directions = ("forward", "backward") if problem.dropout_p > 0.0 else ("backward",) if backward else ("forward",)
-    tails_unread = problem.tails_unread if host_counts else None
-    times = {b.name: sum(_time(b.name, direction, row, table, tails_unread) for direction in directions) for b in backends}
+
+    def time(name: str, direction: str) -> float:
+        kernel: float = row[f"{direction}_us"].get(name, math.inf)
+        return kernel + _host(table["host_us"].get(name, {}), direction, problem.tails_unread) if host_counts else kernel
+
+    times = {b.name: sum(time(b.name, direction) for direction in directions) for b in backends}
     return tuple(sorted(backends, key=lambda backend: times[backend.name]))
 
 
@@ -67,11 +75,7 @@ def _most_like(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, An
     return min(alike, key=lambda row: (row["head_dim"] < dim, abs(row["head_dim"] - dim), abs(math.log2(row["length"] / length))))
 
 
-def _time(name: str, direction: str, row: dict[str, Any], table: dict[str, Any], tails_unread: bool | None) -> float:
-    """``None`` where the host does not count."""
-    hosts: dict[str, float] = table["host_us"].get(name, {})
-    host = hosts.get(direction, 0.0)
-    kernel: float = row[f"{direction}_us"].get(name, math.inf)
-    if tails_unread is None:
-        return kernel
-    return kernel + (host if tails_unread else hosts.get(f"{direction}, tails", host) * UNPACKED_HOST)
+def _host(of_backend: dict[str, float], direction: str, tails_unread: bool) -> float:
+    """What a call takes the host, as far as it counts."""
+    host = of_backend.get(direction, 0.0)
+    return host if tails_unread else of_backend.get(f"{direction}, tails", host) * UNPACKED_HOST

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 
-_allocate = _compat.cuda_allocator()
+_allocate = _compat_operators.cuda_allocator()
 
 
 def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
     No dispatch mode sees it; a deterministic mode does not fill it.
     """
     index = like.get_device()
-    if _allocate is None or index < 0 or index != _compat.current_device_index():
+    if _allocate is None or index < 0 or index != _compat_operators.current_device_index():
         return like.new_empty(size, dtype=dtype)
     step, strides = 1, []
     for n in reversed(size):

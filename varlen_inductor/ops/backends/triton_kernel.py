@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat
+from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.launch import Launcher
 from varlen_inductor.ops.backends.memory import empty
@@ -118,7 +118,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``. Reads keys in pages where they lie. Fills ``out`` if it is given."""
     index = query.get_device()
-    if index >= 0 and index != _compat.current_device_index():
+    if index >= 0 and index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return forward(query, key, value, layout, rule, out)
     (tokens, heads, _), dim_v = query.shape, value.shape[-1]
@@ -139,7 +139,7 @@ def forward(
     launch.with_addresses(
         grid,
         (fixed.number, kinds, strides, page_size),
-        None if index < 0 else _compat.current_stream_pointer(index),
+        None if index < 0 else _compat_operators.current_stream_pointer(index),
         tensors,
         addresses,
         *strides,
@@ -209,19 +209,19 @@ def _differentiate(
 ) -> None:
     """Writes all rows of ``grads``, whose last dims are contiguous."""
     index = query.get_device()
-    if index >= 0 and index != _compat.current_device_index():
+    if index >= 0 and index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     query, scale = _positive_scale(query, rule.scale)
     fixed = _fixed(index, query, key, value, layout, rule, scale)
-    stream = None if index < 0 else _compat.current_stream_pointer(index)
+    stream = None if index < 0 else _compat_operators.current_stream_pointer(index)
     sequences = _sequences(layout)
     (rows, heads, _), (rows_k, heads_k, _) = query.shape, key.shape
     data = _data(layout, rule, rng_state)
     delta = _delta(fixed, stream, out, grad_out, grad_lse, data[0], sequences)
     operands = (query, key, value, grad_out, lse, delta)
-    tensors = (*operands, *grads, *data)
-    addresses, kinds = _places(tensors)
+    addresses, kinds = _places((*operands, *grads, *data))
+    at_operands, at_grads, at_data = addresses[:6], addresses[6:9], addresses[9:]
     grad_query, grad_key, grad_value = grads
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     strides_q, strides_kv = grad_query.stride()[:2], (*grad_key.stride()[:2], *grad_value.stride()[:2])
@@ -231,7 +231,7 @@ def _differentiate(
         (fixed.number, kinds, strides, strides_q),
         stream,
         (*operands, grad_query, *data),
-        (*addresses[:7], *addresses[9:]),
+        (*at_operands, at_grads[0], *at_data),
         *strides,
         *strides_q,
         sequences,
@@ -248,7 +248,7 @@ def _differentiate(
         (fixed.number, kinds, strides, strides_kv),
         stream,
         (*operands, grad_key, grad_value, *data),
-        (*addresses[:6], *addresses[7:]),
+        (*at_operands, *at_grads[1:], *at_data),
         *strides,
         *strides_kv,
         sequences,
