@@ -246,9 +246,9 @@ def launch_quickly(module: ModuleType) -> int:
 def _with_addresses(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """A launcher of Inductor's that gives the kernel the addresses of tensors, or the same one where it is not understood.
 
-    What starts the kernel asks a tensor for its address by name, and CUDA what each address is: for five tensors that takes it as
-    long as the launch. A number it takes as it is, so a tensor of the host's in the place of a device's (from a hook on saved
-    tensors, say) is not refused before the kernel runs. Read in 2.11.
+    What starts the kernel asks each tensor for its address by name, and CUDA what that address is, at every launch. A number it
+    takes as it is, so a tensor of the host's in the place of a device's (from a hook on saved tensors, say) is not refused before
+    the kernel runs. Read in 2.11.
     """
     runner: Any = getattr(launcher, "__globals__", {}).get("runner")
     kernel: Any = getattr(runner, "__self__", None)
