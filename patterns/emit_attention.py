@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,12 +61,15 @@ class AttentionEmitter:
             construction, or because the plan checks it.
         longest_dead: the most dead rows that a plan may add, 0 if it adds none.
         kernel: says which kernel runs a site, given whether it needs positions, or raises `SiteRefused`.
+        one_order: whether queries and keys of every call made so far are packed by one plan, so that it may choose the order of
+            sequences.
     """
 
     domain_of: Callable[[fx.Node], Domain]
     ranks_suffice: Callable[[Domain], bool]
     longest_dead: int
     kernel: Callable[[fx.Node, bool], str]
+    one_order: bool = field(default=True, init=False)
 
     def __call__(self, builder: Builder, site: fx.Node) -> fx.Node:
         """Emit ``site``: its packed twin where it lies in a region, else the padded value.
@@ -183,6 +186,7 @@ class AttentionEmitter:
         by_rank = same_ranks and ((left == UNBOUNDED and right == 0) or self.ranks_suffice(domain))
         needs_positions = windowed and not by_rank
         self.kernel(site, needs_positions)
+        self.one_order &= queries.cu_seqlens is keys.cu_seqlens
         # Packing operators read the rows of tokens alone, in both directions, and lse goes nowhere.
         kwargs: dict[str, Any] = {"tails_unread": True}
         if attention.scale is not None:

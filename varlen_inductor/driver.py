@@ -48,7 +48,8 @@ class Rewrite:
     """What the passes made of a graph.
 
     ``plan`` is None for the attention-only form; ``gm`` is None if nothing was rewritten. ``padded`` is what runs where packing
-    does not pay, if it is not the graph as it came. Batches of fewer than ``min_positions`` run padded.
+    does not pay, if it is not the graph as it came. Batches of fewer than ``min_positions`` run padded. ``longest_first``: whether
+    the plan may lay the longest sequences first.
     """
 
     report: report.Report
@@ -57,6 +58,7 @@ class Rewrite:
     domains: int = 0
     min_positions: int = 0
     padded: fx.GraphModule | None = None
+    longest_first: bool = False
 
 
 @dataclass
@@ -108,6 +110,7 @@ def compile_graph(
         padded=gm if rewrite.padded is None else rewrite.padded,
         domains=rewrite.domains,
         min_positions=rewrite.min_positions,
+        longest_first=rewrite.longest_first,
         varying=[i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if not _is_fixed(node)],
         inner=inner,
         dynamic=True if symbolic else None,
@@ -377,7 +380,7 @@ def _rewrite_once(
         min_positions = config.min_positions if config.min_positions >= 0 else worth.smallest_batch(choice, cuda_graphs)
         made.notes.append(_when_packed(min_positions))
     _fill_report(made, sites, choice, relied_on, mode)
-    return Rewrite(made, body, plan, len(domains), min_positions)
+    return Rewrite(made, body, plan, len(domains), min_positions, longest_first=emitter.one_order)
 
 
 def _refuse_what_needs_facts(choice: regions.Choice) -> None:

@@ -52,6 +52,7 @@ class PackedProgram:
         padded: the graph as Dynamo gave it.
         domains: how many there are.
         min_positions: batches of fewer positions, padded ones included, run padded.
+        longest_first: the plans lay the longest sequences first, so that a kernel has none of them left to begin at its end.
         varying: which inputs (by place) may differ in size or stride from call to call.
         inner: compiles both.
         dynamic: ``True`` when sizes of the inputs are symbolic, else None.
@@ -65,6 +66,7 @@ class PackedProgram:
         padded: fx.GraphModule,
         domains: int,
         min_positions: int,
+        longest_first: bool = False,
         varying: Sequence[int],
         inner: InnerCompiler,
         dynamic: bool | None,
@@ -81,6 +83,7 @@ class PackedProgram:
         self.round_tokens = config.round_tokens
         self.max_density = config.max_density
         self.min_positions = min_positions
+        self.longest_first = longest_first
         self.strict = config.strict
         self.broken = False
         self.too_small = False
@@ -96,14 +99,16 @@ class PackedProgram:
         self._before: deque[_Pending] = deque()
 
     def __call__(self, *args: Any) -> Any:
-        inputs = None
+        pending = None
         if not self.broken and not self.too_small:
             looks_back = self.may_look_back and self._in_vain >= PATIENCE and not torch.is_grad_enabled()
             with torch.no_grad():
-                inputs = self._plan(args, looks_back)
+                pending = self._look(args, looks_back)
+        known_by = self._known_by(args)  # while the device is at it
+        inputs = self._plan(pending, args)
         if inputs is None:
-            return self._padded_step(args)
-        key = (*self._known_by(args), *[index.shape[0] for index in inputs[::3]])
+            return self._padded_step(args, known_by)
+        key = (*known_by, *[index.shape[0] for index in inputs[::3]])
         if not self.body.knows(key):
             for index in inputs[::3]:
                 torch._dynamo.maybe_mark_dynamic(index, 0)
@@ -115,14 +120,13 @@ class PackedProgram:
                 raise
             self.broken = True
             report.publish(report.Report(error=traceback.format_exc()))
-            return self._padded_step(args)
+            return self._padded_step(args, known_by)
         self.launches.called()
         _compat.counters()["packed_steps"] += 1
         return result
 
-    def _padded_step(self, args: Sequence[Any]) -> Any:
+    def _padded_step(self, args: Sequence[Any], key: tuple[Any, ...]) -> Any:
         _compat.counters()["padded_steps"] += 1
-        key = self._known_by(args)
         if key not in self._ran_padded:
             if _records_users_graph(x.device for x in args if isinstance(x, Tensor)):
                 # To compile and tune kernels is not allowed now. What is recorded here runs as often as its owner likes.
@@ -141,8 +145,8 @@ class PackedProgram:
         sizes = [(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in inputs]
         return (torch.is_grad_enabled(), *sizes)
 
-    def _plan(self, args: Sequence[Any], looks_back: bool) -> list[Tensor] | None:
-        """The inputs that the body has besides those of the graph, or None when the padded graph should run.
+    def _look(self, args: Sequence[Any], looks_back: bool) -> _Pending | None:
+        """What is being found out about this batch, or None when the padded graph should run.
 
         Args:
             looks_back: not to wait for what is found out about this batch, but to run it padded, which is always right, unless
@@ -157,12 +161,18 @@ class PackedProgram:
         if _records_users_graph(mask.device for mask in masks):
             # Nothing can be found out now, and its replays would write into a number of somebody else's.
             return None
-        pending = _Pending(masks, flags, self.round_tokens, positions)
+        pending = _Pending(masks, flags, self.round_tokens, positions, self.longest_first)
         if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
+            return None
+        return pending
+
+    def _plan(self, pending: _Pending | None, args: Sequence[Any]) -> list[Tensor] | None:
+        """The inputs that the body has besides those of the graph, or None when the padded graph should run. Waits."""
+        if pending is None:
             return None
         counts = pending.counts()
         rows = self._rows(pending.plans, counts, args) if self._worth_it(pending, counts) else None
-        if rows is None or sum(rows) >= positions:
+        if rows is None or sum(rows) >= pending.positions:
             self._in_vain += 1
             return None
         self._in_vain = 0
@@ -209,14 +219,23 @@ class _Pending:
         flags: one number each: whether a fact holds that the body relies on. One that does not hold makes a count zero: then, as
             with no valid token, the padded graph runs.
         positions: how many there are in all domains.
+        longest_first: how to lay the sequences.
     """
 
-    def __init__(self, masks: Sequence[Tensor], flags: Sequence[Tensor], round_tokens: int, positions: int) -> None:
+    def __init__(
+        self,
+        masks: Sequence[Tensor],
+        flags: Sequence[Tensor],
+        round_tokens: int,
+        positions: int,
+        longest_first: bool,
+    ) -> None:
         self.positions = positions
         self._on_host = all(map(plan_kernels.available, masks))
         flag = functools.reduce(operator.mul, flags).to(masks[0].device) if flags else None
         self.plans = [
-            packing.PendingPlan(mask, round_tokens, self._on_host, flag if i == 0 else None) for i, mask in enumerate(masks)
+            packing.PendingPlan(mask, round_tokens, self._on_host, flag if i == 0 else None, longest_first)
+            for i, mask in enumerate(masks)
         ]
 
     def counts(self) -> list[int]:
@@ -232,7 +251,7 @@ def _records_users_graph(devices: Iterable[torch.device]) -> bool:
 
     That is a graph of the user's own: while Inductor records one of its graphs, it calls compiled code, and never the plan.
     """
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() and any(d.type == "cuda" for d in devices)
+    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:

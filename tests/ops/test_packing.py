@@ -24,19 +24,29 @@ def plans(mask: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
     found = {"static": ops.plan_static(mask)}
     if mask.any():
         found["packed"] = packing.plan_packed(mask, int(mask.sum()) + 3)
+        found["longest first"] = packing.plan_packed(mask, int(mask.sum()) + 3, longest_first=True)
     return found
+
+
+def valid_positions(mask: torch.Tensor, kind: str) -> torch.Tensor:
+    """In the order of packed rows."""
+    rows = list(range(len(mask)))
+    if kind == "longest first":
+        rows.sort(key=lambda b: -int(mask[b].sum()))
+    return torch.tensor([b * mask.shape[1] + s for b in rows for s in range(mask.shape[1]) if mask[b, s]], dtype=torch.int64)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_plan_names_the_valid_positions_in_order(name: str) -> None:
     mask = MASKS[name]
-    positions = mask.reshape(-1).nonzero().squeeze(1)
     for kind, (index, inverse, cu_seqlens) in plans(mask).items():
+        positions = valid_positions(mask, kind)
         count = len(positions)
         assert torch.equal(index[:count], positions)
         assert torch.equal(inverse[positions], torch.arange(count))
         assert (inverse[~mask.reshape(-1)] < 0).all()
-        expected = [0, *mask.sum(1).cumsum(0).tolist()] + ([index.numel()] if kind == "packed" else [])
+        lengths = mask.sum(1).sort(descending=True).values if kind == "longest first" else mask.sum(1)
+        expected = [0, *lengths.cumsum(0).tolist()] + ([] if kind == "static" else [index.numel()])
         assert cu_seqlens.tolist() == expected and cu_seqlens.dtype == torch.int32
         if count:
             assert set(index[count:].tolist()) <= set(positions.tolist()), "dead rows repeat a valid one"
@@ -62,19 +72,20 @@ def test_gradients_ignore_dead_and_padded_rows(name: str) -> None:
     mask = MASKS[name]
     flat = mask.reshape(-1)
     padded = torch.randn(mask.numel(), 3, requires_grad=True)
-    for index, inverse, _ in plans(mask).values():
+    for kind, (index, inverse, _) in plans(mask).items():
         packed = ops.pack(padded, index, inverse)
         weights = torch.randn_like(packed)
         (grad,) = torch.autograd.grad((packed * weights).sum(), padded)
         count = int(mask.sum())
-        assert torch.equal(grad[flat], weights[:count]) and (grad[~flat] == 0).all()
+        positions = valid_positions(mask, kind)
+        assert torch.equal(grad[positions], weights[:count]) and (grad[~flat] == 0).all()
 
         source = torch.randn(index.numel(), 3, requires_grad=True)
         for repeat in (False, True):
             cotangent = torch.randn(mask.numel(), 3)
             cotangent[~flat] = torch.nan
             (grad,) = torch.autograd.grad(ops.unpack(source, index, inverse, 0.0, repeat), source, cotangent)
-            assert torch.equal(grad[:count], cotangent[flat]) and (grad[count:] == 0).all()
+            assert torch.equal(grad[:count], cotangent[positions]) and (grad[count:] == 0).all()
 
 
 def test_opcheck() -> None:

@@ -23,23 +23,32 @@ def compare_all() -> None:
     for shape in [(1, 1), (3, 5), (4, 40), (2, 1030)]:
         for share in (0.0, 0.1, 0.5, 1.0):
             mask = torch.rand(shape) < share
-            assert all(map(torch.equal, plan_kernels.plan(mask.long() * 3, 4), plan_kernels.plan(mask, 4)))
             for kernel, expected in zip(plan_kernels.plan(mask, 0)[:3], packing.plan_static(mask), strict=True):
                 assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)
-            count = int(mask.sum())
-            index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4)
-            rows = (count // 4 + 1) * 4
-            assert int(found) == count
-            number = host_number.take()
-            for same, other in zip(plan_kernels.plan(mask, 4, number), (index, inverse, cu_seqlens, None), strict=True):
-                assert same is other is None or torch.equal(same, other)
-            assert number.wait(mask.device) == count
-            for flag, flagged in ((torch.tensor([True]), count), (torch.tensor(0), 0), (torch.tensor(2.0), count)):
-                number = host_number.take()
-                *same, _ = plan_kernels.plan(mask, 4, number, flag)
-                assert all(map(torch.equal, same, (index, inverse, cu_seqlens)))
-                assert number.wait(mask.device) == flagged
-                assert int(plan_kernels.plan(mask, 4, None, flag)[3]) == flagged
-            if count > 0 and rows <= mask.numel():
-                for kernel, expected in zip((index[:rows], inverse, cu_seqlens), packing.plan_packed(mask, rows), strict=True):
-                    assert torch.equal(kernel.to(expected.dtype), expected), (shape, share)
+            for longest_first in (False, True):
+                compare_one(mask, longest_first)
+
+
+def compare_one(mask: torch.Tensor, longest_first: bool) -> None:
+    count = int(mask.sum())
+    index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4, longest_first=longest_first)
+    same = plan_kernels.plan(mask.long() * 3, 4, longest_first=longest_first)
+    assert all(map(torch.equal, same, (index, inverse, cu_seqlens, found)))
+    rows = (count // 4 + 1) * 4
+    assert int(found) == count
+    number = host_number.take()
+    for same, other in zip(plan_kernels.plan(mask, 4, number, None, longest_first), (index, inverse, cu_seqlens, None), strict=True):
+        assert same is other is None or torch.equal(same, other)
+    assert number.wait(mask.device) == count
+    for flag, flagged in ((torch.tensor([True]), count), (torch.tensor(0), 0), (torch.tensor(2.0), count)):
+        number = host_number.take()
+        *same, _ = plan_kernels.plan(mask, 4, number, flag, longest_first)
+        assert all(map(torch.equal, same, (index, inverse, cu_seqlens)))
+        assert number.wait(mask.device) == flagged
+        assert int(plan_kernels.plan(mask, 4, None, flag, longest_first)[3]) == flagged
+    if count > 0 and rows <= mask.numel():
+        index_wanted, *others = packing.plan_packed(mask, rows, longest_first)
+        assert torch.equal(index[:count], index_wanted[:count]), (mask.shape, longest_first)
+        assert mask.view(-1)[index].all(), "dead rows repeat a valid one"
+        for kernel, expected in zip((inverse, cu_seqlens), others, strict=True):
+            assert torch.equal(kernel.to(expected.dtype), expected), (mask.shape, longest_first)

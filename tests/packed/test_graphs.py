@@ -100,6 +100,7 @@ def _plain(line: str) -> str:
 
 def test_encoder() -> None:
     found = rewrite(Encoder(), *tokens())
+    assert found.longest_first
     assert_expected_inline(text(found.plan), """return (valid,)""")
     assert_expected_inline(
         text(found.gm),
@@ -131,6 +132,7 @@ return (contiguous,)""",
 
 def test_encoder_and_decoder() -> None:
     found = rewrite(EncoderDecoder(), *tokens(), *tokens())
+    assert not found.longest_first, "the rows of source and target must stay side by side"
     assert_expected_inline(text(found.plan), """return (source_valid, target_valid)""")
     assert_expected_inline(
         text(found.gm),

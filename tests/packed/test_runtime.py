@@ -33,6 +33,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from helpers import run_python
 from varlen_inductor import config, nested, runtime
 from varlen_inductor.lowering.quick_launches import FIRST
+from varlen_inductor.ops import packing as packing_ops
 from varlen_inductor.patterns import wanted
 
 Batches = Sequence[dict[str, Tensor]]
@@ -296,8 +297,8 @@ def test_smallest_size_is_a_knob() -> None:
 def test_a_size_that_is_too_small_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it cannot change: the plan would be work for nothing in every step."""
     plans: list[int] = []
-    plan = runtime.PackedProgram._plan
-    monkeypatch.setattr(runtime.PackedProgram, "_plan", lambda self, *args: (plans.append(1), plan(self, *args))[1])
+    plan = runtime.PackedProgram._look
+    monkeypatch.setattr(runtime.PackedProgram, "_look", lambda self, *args: (plans.append(1), plan(self, *args))[1])
     for dynamic, looks in ((False, 1), (True, 3)):
         options = {"varlen.min_positions": 3 * S + 1, "varlen.inner_backend": "aot_eager", "varlen.round_tokens": 4}
         compiled = compile_(Blocks(), dynamic=dynamic, options=options)
@@ -307,6 +308,25 @@ def test_a_size_that_is_too_small_is_looked_at_once(monkeypatch: pytest.MonkeyPa
                 compiled(**feature_batch(lengths))
         assert len(plans) == looks
     assert steps() == (0, 6)
+
+
+@TRAIN
+def test_the_longest_sequences_come_first(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def spy(*args: Any) -> tuple[Tensor, ...]:
+        found = plan_packed(*args)
+        seen.append(found[2].diff().tolist()[:-1])
+        return found
+
+    plan_packed = packing_ops.plan_packed
+    monkeypatch.setattr(packing_ops, "plan_packed", spy)
+    run = Pair(Blocks())
+    run.train(train)
+    with packing(), torch.set_grad_enabled(train):
+        for lengths in ([2, 9, 5], [0, 3, 3]):
+            run(feature_batch(lengths))
+    assert seen == [[9, 5, 2], [3, 3, 0]]
 
 
 @TRAIN

@@ -2,11 +2,16 @@
 
 A *plan* is made of the mask of valid positions ``(B, S)``:
 
-* ``index`` (T,), int64: the flat position ``b * S + s`` of each packed row. The first ``count`` rows are the valid positions in
-  order; the rest are *dead* rows, which repeat a valid one, so that whatever is computed on them is as harmless as a real row.
+* ``index`` (T,), int64: the flat position ``b * S + s`` of each packed row. The first ``count`` rows are the valid positions, one
+  sequence after the other, in order; the rest are *dead* rows, which repeat a valid one, so that whatever is computed on them is
+  as harmless as a real row.
 * ``inverse`` (B * S,), int64: the packed row of each position. A padded position has ``-1 - r`` where ``r`` is some valid row,
   or no row (T or more) if there is none.
 * ``cu_seqlens``, int32: offsets of the sequences in the packed rows.
+
+Sequences lie in the order of their rows, or with ``longest_first`` in that of their lengths: kernels work on them in the order in
+which they lie, and a long one that is begun last keeps a part of the device waiting for it. Queries and keys of an attention must
+lie in one order.
 
 ``unpack`` has two ways to fill padded positions: with a constant, or (``repeat=True``) with a copy of a valid row, for values
 that go on to be computed upon: zeros could meet a division by their norm, whose gradient is not a number.
@@ -18,6 +23,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from varlen_inductor import _compat_operators
 
 from . import host_number, plan_kernels
 from .host_number import HostNumber
@@ -118,18 +125,27 @@ class PendingPlan:
         round_to: rows are rounded up to a multiple of this.
         on_host: the kernel is to give the host the number of valid positions (only where ``plan_kernels.available``).
         flag: one number; where it is zero, the number of valid positions counts as 0.
+        longest_first: whether the longest sequences come first.
 
     ``count`` is the number of valid positions: (1,) int64 on the device of the mask, or what the kernel gives the host.
     """
 
-    def __init__(self, mask: Tensor, round_to: int, on_host: bool = False, flag: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor,
+        round_to: int,
+        on_host: bool = False,
+        flag: Tensor | None = None,
+        longest_first: bool = False,
+    ) -> None:
         self.round_to = round_to
+        self.longest_first = longest_first
         self.mask = mask
         self._early: tuple[Tensor, Tensor, Tensor] | None = None
         self.count: Tensor | HostNumber
         if plan_kernels.available(mask):
             number = host_number.take() if on_host else None
-            *early, count = plan_kernels.plan(mask, round_to, number, flag)
+            *early, count = plan_kernels.plan(mask, round_to, number, flag, longest_first)
             self._early = tuple(early)  # type: ignore[assignment]
             self.count = number or count  # type: ignore[assignment]
         else:
@@ -147,17 +163,17 @@ class PendingPlan:
     def finish(self, count: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """``index`` (T,), ``inverse`` (B*S,), ``cu_seqlens`` (B+2,) for ``rows`` packed rows, of which ``count`` are tokens."""
         if self._early is None:
-            return plan_packed(self.mask, rows)
+            return plan_packed(self.mask, rows, self.longest_first)
         index, inverse, cu_seqlens = self._early
         if rows != self.rows_for(count):
             cu_seqlens[-1:].fill_(rows)
         if rows > index.shape[0]:
             # More rows than positions: a small domain that is all valid, beside others that are not.
             index = torch.cat([index, index[:1].expand(rows - index.shape[0])])
-        return index[:rows], inverse, cu_seqlens
+        return _compat_operators.reinterpret(index, (rows,), (1,), 0), inverse, cu_seqlens  # index[:rows], sooner
 
 
-def plan_packed(mask: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan_packed(mask: Tensor, rows: int, longest_first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """A plan with ``rows`` packed rows, more than there are valid positions; the rest are dead rows, a sequence of their own.
 
     A function and not an operator: it runs between graphs, where the number of valid positions is known.
@@ -165,18 +181,25 @@ def plan_packed(mask: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         mask: (B, S) bool, True at valid positions, of which there is at least one and at most ``rows - 1``.
         rows: the number of packed rows, T.
+        longest_first: in which order the sequences come; those of one length come as in ``mask``, as all do otherwise.
 
     Returns:
         ``index`` (T,), ``inverse`` (B*S,), ``cu_seqlens`` (B+2,) int32, which ends at T.
     """
-    flat = mask.reshape(-1)
+    batch, length = mask.shape
+    order = mask.sum(1).argsort(descending=True, stable=True) if longest_first else None
+    placed = mask if order is None else mask[order]
+    flat = placed.reshape(-1)
     rank = flat.cumsum(0)
     index = torch.nonzero_static(flat, size=rows, fill_value=-1).view(-1)
-    index = torch.where(index < 0, index[:1], index)
     inverse = torch.where(flat, rank - 1, -1)
-    cu_seqlens = torch.full((mask.shape[0] + 2,), rows, dtype=torch.int32, device=mask.device)
+    index = torch.where(index < 0, index[:1], index)
+    if order is not None:
+        index = order[index // length] * length + index % length
+        inverse = torch.empty_like(inverse.view(batch, length)).index_copy_(0, order, inverse.view(batch, length)).view(-1)
+    cu_seqlens = torch.full((batch + 2,), rows, dtype=torch.int32, device=mask.device)
     cu_seqlens[0] = 0
-    cu_seqlens[1:-1] = rank.view(mask.shape)[:, -1]
+    cu_seqlens[1:-1] = rank.view(batch, length)[:, -1]
     return index, inverse, cu_seqlens
 
 

@@ -32,7 +32,11 @@ def available(mask: Tensor) -> bool:
 
 
 def plan(
-    mask: Tensor, round_to: int, on_host: HostNumber | None = None, flag: Tensor | None = None
+    mask: Tensor,
+    round_to: int,
+    on_host: HostNumber | None = None,
+    flag: Tensor | None = None,
+    longest_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
 
@@ -42,6 +46,7 @@ def plan(
             positions (dead rows are a sequence of their own); 0: ``cu_seqlens`` (B+1,) ends at that number.
         on_host: gets the number of valid positions; the last result is then ``None``.
         flag: one number of any dtype; where it is zero, the number of valid positions is given as 0. The rest is as without.
+        longest_first: in which order the sequences come; those of one length come as in ``mask``, as all do otherwise.
     """
     batch, length = mask.shape
     mask = mask.contiguous()
@@ -57,12 +62,13 @@ def plan(
     rows = cu_seqlens if alone else mask.new_empty((2, batch), dtype=torch.int32)  # what is given in its place is not read
     given = mask if flag is None else flag
     device, at, count_at, flag_at = mask.get_device(), mask.data_ptr(), count.data_ptr(), given.data_ptr()
-    kinds = (mask.dtype, at % 16, count_at % 16, given.dtype, flag_at % 16, flag is None)
+    kinds = (mask.dtype, at % 16, count_at % 16, given.dtype, flag_at % 16, flag is None, longest_first)
     key = (device, kinds, batch, length, round_to, alone)
     grid = (batch, 1, 1)
     if not alone:
         _launch_count(grid, key, mask, rows, length, batch, _BLOCK)
-    numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), round_to != 0, alone, flag is not None)
+    options = (round_to != 0, alone, flag is not None, longest_first)
+    numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), *options)
     stream = stream_of(device)
     if stream is not None:
         # Until this is launched the host has nothing else to do: addresses are given, about which Triton asks nothing.
@@ -90,34 +96,27 @@ if triton is not None:
         tl.store(rows + batch + b, first)
 
     @triton.jit
-    def _totals_of_rows(rows, length, batch, BATCH: tl.constexpr):
-        """From what `_count_rows` found: tokens before this program's row and in it, all tokens, and the position of one."""
-        b = tl.program_id(0)
+    def _counted(rows, length, batch, BATCH: tl.constexpr):
+        """What `_count_rows` found: the length of each sequence, and some valid position (none: as many as there are)."""
         every = tl.arange(0, BATCH)
         lengths = tl.load(rows + every, mask=every < batch, other=0)
         firsts = tl.load(rows + batch + every, mask=every < batch, other=0)
-        before = tl.sum(tl.where(every < b, lengths, 0), 0)
-        own = tl.sum(tl.where(every == b, lengths, 0), 0)
-        first = tl.min(tl.where((every < batch) & (lengths > 0), every * length + firsts, batch * length), 0)
-        return before, own, tl.sum(lengths, 0), first
+        return lengths, tl.min(tl.where((every < batch) & (lengths > 0), every * length + firsts, batch * length), 0)
 
     @triton.jit
-    def _totals_of_mask(mask, length, batch, BLOCK: tl.constexpr):
+    def _count_all(mask, length, batch, BATCH: tl.constexpr, BLOCK: tl.constexpr):
         """The same, counted once more by every program."""
-        b = tl.program_id(0)
+        row, column = tl.arange(0, BATCH)[:, None], tl.arange(0, BLOCK)[None, :]
         # Elementwise in the loop, summed once: a sum over the block costs more than to read it.
-        before = tl.zeros((BLOCK,), tl.int32)
-        own = tl.zeros((BLOCK,), tl.int32)
-        total = tl.zeros((BLOCK,), tl.int32)
-        first = tl.zeros((BLOCK,), tl.int32) + batch * length
-        for start in range(0, batch * length, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            valid = (tl.load(mask + at, mask=at < batch * length, other=0) != 0).to(tl.int32)
-            before += tl.where(at < b * length, valid, 0)
-            own += tl.where((at >= b * length) & (at < (b + 1) * length), valid, 0)
-            total += valid
+        found = tl.zeros((BATCH, BLOCK), tl.int32)
+        first = tl.zeros((BATCH, BLOCK), tl.int32) + batch * length
+        for start in range(0, length, BLOCK):
+            at = row * length + start + column
+            inside = (row < batch) & (start + column < length)
+            valid = (tl.load(mask + at, mask=inside, other=0) != 0).to(tl.int32)
+            found += valid
             first = tl.minimum(first, tl.where(valid != 0, at, batch * length))
-        return tl.sum(before, 0), tl.sum(own, 0), tl.sum(total, 0), tl.min(first, 0)
+        return tl.sum(found, 1), tl.min(tl.min(first, 1), 0)
 
     @triton.jit
     def _fill(
@@ -136,15 +135,23 @@ if triton is not None:
         ROUND: tl.constexpr,
         ALONE: tl.constexpr,
         FLAGGED: tl.constexpr,
+        LONGEST_FIRST: tl.constexpr,
     ):
         b = tl.program_id(0)
         if ALONE:
-            before, own, total, some = _totals_of_mask(mask, length, batch, 4 * BLOCK)
+            lengths, some = _count_all(mask, length, batch, BATCH, tl.cdiv(4 * BLOCK, BATCH))
         else:
-            before, own, total, some = _totals_of_rows(rows, length, batch, BATCH)
+            lengths, some = _counted(rows, length, batch, BATCH)
+        every = tl.arange(0, BATCH)
+        own, total = tl.sum(tl.where(every == b, lengths, 0), 0), tl.sum(lengths, 0)
+        earlier = every < b
+        if LONGEST_FIRST:
+            earlier = (lengths > own) | (earlier & (lengths == own))
+        place_of_row = tl.sum(earlier.to(tl.int32), 0)
+        before = tl.sum(tl.where(earlier, lengths, 0), 0)
         positions = batch * length
         some = tl.where(total > 0, some, 0)  # a valid position for dead rows to repeat; position 0 if there is none
-        tl.store(cu_seqlens + b + 1, before + own)
+        tl.store(cu_seqlens + place_of_row + 1, before + own)
         if b == 0:
             tl.store(cu_seqlens, 0)
             holds = tl.load(flag) != 0 if FLAGGED else True
