@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -40,6 +41,21 @@ def supported(kernels: str, *lengths: Any, **options: Any) -> Case:
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_lengths(lengths: str, window: str, dtype: torch.dtype, kernels: str) -> None:
     check(kernels, *LENGTHS[lengths], heads=(4, 2), dims=(64, 64), window=WINDOWS[window], dtype=dtype, tail=5)
+
+
+@every_kernel
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("lengths", [((130, 70), None), ((7, 200), (300, 0)), ((300, 3), (20, 150))], ids=str)
+def test_what_is_behind_the_last_sequence(lengths: Any, window: str, fill: float, kernels: str) -> None:
+    """More rows of it than a block has, also where the last sequence has no keys. It shows nowhere and stays as it is."""
+    options = {"dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "tail": 300, "fill": fill}
+    for heads in ((4, 2), (6, 2)):
+        case = supported(kernels, *lengths, heads=heads, **options)
+        held = [x.detach().clone() for x in case.operands[:3]]
+        check_against_reference(case, lse_gradient=False)
+        for x, old in zip(case.operands[:3], held):
+            assert torch.equal(x.detach().view(torch.int16), old.view(torch.int16))
 
 
 @every_kernel

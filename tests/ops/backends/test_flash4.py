@@ -122,6 +122,39 @@ def test_what_the_caller_holds_is_left_alone() -> None:
     check_what_the_caller_holds(300)
 
 
+def check_what_a_forward_is_given() -> None:
+    """Behind the last sequence: query and key as they are, which do no harm, but only finite numbers in value."""
+    run_kernel, given = flash4._run, []
+
+    def noted(way: str, tensors: tuple[torch.Tensor, ...], *rest: Any) -> None:
+        given.append([x.clone() for x in tensors[:3]])
+        run_kernel(way, tensors, *rest)
+
+    case = make_case((5, 7), (4, 0), heads=(4, 2), tail=3)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    query, key, value = (x.detach() for x in case.operands[:3])
+    held = [x.clone() for x in (query, key, value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash4, "_run", noted)
+        for _ in range(2):
+            out, lse, _ = flash4.forward(query, key, value, layout, rule)
+            for x, old in zip((query, key, value), held):
+                assert torch.equal(x.view(torch.int8), old.view(torch.int8))
+            assert (out[:5] != 0).all()
+            assert (out[5:] == 0).all()
+            assert lse[:, :5].isfinite().all()
+            assert (lse[:, 5:] == -torch.inf).all()
+    for q, k, v in given:
+        assert q[12:].isnan().all()
+        assert k[4:].isnan().all()
+        assert torch.equal(v, held[2].nan_to_num(0.0))
+    assert len(given) == 2
+
+
+def test_what_a_forward_is_given() -> None:
+    check_what_a_forward_is_given()
+
+
 def check_what_fails() -> None:
     """What the caller holds is as it was also where a kernel raises; with gradients that must be copied, and with others."""
 
@@ -160,6 +193,7 @@ def check_kernels() -> None:
         patch.setattr(backends, "BACKENDS", (dataclasses.replace(flash4.BACKEND, supports=lambda problem: None),))
         forget()
         check_what_the_caller_holds(20)
+        check_what_a_forward_is_given()
         test_strided_operands()
         check_what_fails()
         for dims in ((32, 32), (32, 64)):

@@ -80,6 +80,11 @@ def check_more_rows_than_are_reached() -> None:
     with tails.finite_behind((q, q), (k, k), layout((0, 3), (0, 3))) as operands:
         assert all((x[end : end + tails.REACH] == 0).all() for x in operands)
     assert all(x.isnan().all() for x in (q, k, v))
+    hidden = tails.hide_value(v, layout((0, 3), (0, 3)))
+    assert (hidden.value[end : end + tails.REACH] == 0).all()
+    assert hidden.value[:end].isnan().all()
+    tails.restore_forward(hidden, torch.empty(some, 1, 8), torch.empty(1, some))
+    assert v.isnan().all()
 
 
 def check_shared_rows() -> None:
@@ -102,7 +107,7 @@ def check_what_fails() -> None:
 
 
 def check_finished() -> None:
-    """One launch puts the caller's rows back and finishes the results."""
+    """One launch puts the caller's rows back and finishes the results. In a forward only those of value are another's."""
     ends = torch.tensor([[0, 0], [2, 3], [7, 8]], dtype=torch.int32)
     some = Layout(ends[:, 0], ends[:, 1], 9, 9)  # offsets that are apart
     for how, dtype in (("plain", torch.float32), ("slice", torch.bfloat16), ("heads first", torch.bfloat16)):
@@ -110,15 +115,15 @@ def check_finished() -> None:
         k, v = (spoil(rows(80, 2, dim, how, dtype), [79, 8, 12, 70]) for dim in (8, 16))
         held = [bits(x) for x in (q, g, k, v)]
         out, lse = torch.full((10, 4, 16), math.nan, dtype=dtype), torch.full((4, 10), math.nan)
-        out[:7], lse[:, :7], lse[1, 2] = 1.0, 0.5, math.inf
-        hidden = tails.hide(q, None, k, v, some)
-        assert all(map(torch.equal, hidden.operands, [torch.where(x.isfinite(), x, 0.0) for x in (q, q, k, v)]))
+        out[:7], lse[:, :7] = 1.0, 0.5
+        hidden = tails.hide_value(v, some)
+        assert torch.equal(hidden.value, torch.where(v.isfinite(), v, 0.0))
+        assert all(map(torch.equal, map(bits, (q, g, k)), held))
         tails.restore_forward(hidden, out, lse)
         assert all(map(torch.equal, map(bits, (q, g, k, v)), held))
-        assert torch.equal(out[:, 0, 0], (torch.arange(10) < 7).to(dtype))
-        assert torch.equal(out, out[:, :1, :1].expand_as(out))
-        assert torch.equal(lse[0] == 0.5, torch.arange(10) < 7)
-        assert torch.equal(lse == -math.inf, (torch.arange(10) >= 7) | (torch.arange(40).view(4, 10) == 12))
+        behind = torch.arange(10) >= 7
+        assert torch.equal(out, (~behind).to(dtype)[:, None, None].expand_as(out))
+        assert torch.equal(lse, torch.where(behind, -math.inf, 0.5).expand_as(lse))
 
         joined = torch.ones(80, 90, dtype=dtype)
         grads = tuple(x.unflatten(1, (-1, dim)) for x, dim in zip(joined.split([32, 16, 32, 10], 1), (8, 8, 16)))
@@ -143,7 +148,7 @@ def check_many_rows(many: int = 300) -> None:
         offsets = torch.tensor([0, end], dtype=torch.int32)
         q = torch.full((tokens, 2, 8), math.nan)
         out, lse, grads = torch.ones(tokens, 2, 8), torch.zeros(2, tokens), tuple(torch.ones(tokens, 2, 8) for _ in range(3))
-        tails.restore_forward(tails.hide(q, None, q, q, Layout(offsets, offsets, 9, 9)), out, lse)
+        tails.restore_forward(tails.hide_value(q, Layout(offsets, offsets, 9, 9)), out, lse)
         tails.restore_backward(tails.hide(q, q, q, q, Layout(offsets, offsets, 9, 9)), (grads[0], grads[1], grads[2]))
         assert q.isnan().all()
         for x in (out, *grads):
@@ -187,7 +192,7 @@ def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatc
     out, lse, grads = torch.ones(5, 4, 16), torch.zeros(4, 5), (torch.ones(5, 4, 16), torch.ones(6, 2, 16), torch.ones(6, 2, 16))
 
     def calls() -> None:
-        tails.restore_forward(tails.hide(q, None, k, v, some), out, lse)
+        tails.restore_forward(tails.hide_value(v, some), out, lse)
         tails.restore_backward(tails.hide(q, g, k, v, some), grads)
         with tails.finite_behind((q, g), (k, v), some):
             pass
@@ -196,9 +201,9 @@ def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatc
         calls()
     monkeypatch.setattr(tails, "stream_of", lambda index: None)  # on a device that is not the current one
     calls()
-    assert [name for name, *_ in log[:6]] == ["hide", "restore_forward", "hide", "restore_backward", "hide", "put_back"]
+    assert [name for name, *_ in log[:6]] == ["hide_value", "restore_forward", "hide", "restore_backward", "hide", "put_back"]
     assert log[:6] == log[6:12] == log[12:]
-    assert compiled(tails) == 4
+    assert compiled(tails) == 5
 
 
 def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,29 +213,31 @@ def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.tensor([0, 2, 3], dtype=torch.int32)
 
     def known(q: Tensor, k: Tensor, end: int = 3) -> int:
+        """Of a forward and a backward, two each."""
         tokens, heads, dim = q.shape
         some = Layout(ends[:end], ends[1:], 9, 9)
-        tails.restore_forward(tails.hide(q, None, k, k, some), torch.ones(tokens, heads, dim), torch.zeros(heads, tokens))
+        tails.restore_forward(tails.hide_value(k, some), torch.ones(tokens, heads, dim), torch.zeros(heads, tokens))
         tails.restore_backward(tails.hide(q, q, k, k, some), (q, k, k))
         return compiled(tails)
 
     k = rows(6, 2, 16, "plain")
     for tokens, end in ((5, 3), (16, 2), (1, 3), (300, 3)):
-        assert known(rows(tokens, 4, 16, "plain"), k, end) == 3
-    assert known(rows(5, 4, 16, "slice"), k) == 3  # steps that are multiples, too
+        assert known(rows(tokens, 4, 16, "plain"), k, end) == 4
+    assert known(rows(5, 4, 16, "slice"), k) == 4  # steps that are multiples, too
     memory = torch.ones(999)
-    assert known(memory[4:324].view(5, 4, 16), k) == 3
-    assert known(memory[1:321].view(5, 4, 16), k) == 6
-    assert known(memory[:120].view(5, 24)[:, :16].view(5, 1, 16), k[:, :1]) == 9
-    assert known(memory.as_strided((1, 4, 16), (2**31, 16, 1)), k) == 12
+    assert known(memory[4:324].view(5, 4, 16), k) == 4
+    assert known(memory[1:321].view(5, 4, 16), k) == 6  # nothing else in a forward, where nobody looks at query
+    assert known(rows(5, 4, 16, "plain"), memory[1:193].view(6, 2, 16)) == 10
+    assert known(memory[:120].view(5, 24)[:, :16].view(5, 1, 16), k[:, :1]) == 14
+    assert known(memory.as_strided((1, 4, 16), (2**31, 16, 1)), k) == 16
     out, lse = memory[1:321].view(5, 4, 16), torch.zeros(4, 5)
-    tails.restore_forward(tails.hide(rows(5, 4, 16, "plain"), None, k, k, Layout(ends, ends, 9, 9)), out, lse)
-    assert compiled(tails) == 13
+    tails.restore_forward(tails.hide_value(k, Layout(ends, ends, 9, 9)), out, lse)
+    assert compiled(tails) == 17
 
 
 def few_programs() -> None:
     """Enough to share rows; each is interpreted in turn, whether it has any to look at or not."""
-    for name in ("_GRID", "_GRID_GRAD", "_GRID_FORWARD", "_GRID_BACKWARD"):
+    for name in ("_GRID", "_GRID_GRAD", "_GRID_VALUE", "_GRID_BACKWARD"):
         setattr(tails, name, (getattr(tails, name)[0], 4, 1))
 
 

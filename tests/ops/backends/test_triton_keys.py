@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends import triton_kernel
+from varlen_inductor.ops.backends import tails, triton_kernel
 from varlen_inductor.ops.backends.launch import Launcher
 from varlen_inductor.ops.problem import Layout, Rule
 
@@ -101,6 +101,42 @@ def test_keys(launches: list[Launch]) -> None:
             if launch.kernel.fn.__name__ != "delta_kernel":
                 check_numbers(launch, query, key, layout, rule)
         launches.clear()
+    assert repeated > 1000, "nothing was compared"
+
+
+def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward's launches in which rows behind the last sequence are hidden, and come back."""
+    made: list[Launch] = []
+
+    def note(self: Launcher, grid: Any, key: Any, *args: Any) -> None:
+        made.append(Launch(self.kernel, key, dict(zip((p.name for p in self.kernel.params), args, strict=True)), {}))
+
+    monkeypatch.setattr(Launcher, "__call__", note)
+    monkeypatch.setattr(tails, "_with_triton", lambda x: True)
+    monkeypatch.setattr(tails, "stream_of", lambda index: None)
+    draw = random.Random(0)
+    known: dict[Any, tuple[Any, ...]] = {}
+    repeated = 0
+    for _ in range(3000):
+        dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+        rows, rows_k, heads_k, dim = (draw.choice(x) for x in ((1, 2, 16, 17), (1, 2, 16, 17), (1, 2), (1, 16, 32)))
+        heads = heads_k * draw.choice([1, 2])
+        offset, ahead, gap = draw.choice([0, 0, 8, 1]), draw.choice([0, 0, 8, 1]), draw.choice([0, 0, 1, 16])
+        value = rows_of(rows_k, heads_k, dim + draw.choice([0, 0, 1, 16]), dtype, offset, gap)[:, :, :dim]
+        out = rows_of(rows, heads, dim, dtype, ahead, 0)
+        if draw.random() < 0.1:
+            value = value[:1].as_strided((1, heads_k, dim), (2**31 + draw.choice([0, 1]), dim, 1))
+        lse = torch.zeros(heads * rows + 1)[draw.choice([0, 0, 1]) :][: heads * rows].view(heads, rows)
+        ends_q, ends_k = (torch.zeros(draw.choice([2, 5, 6]), dtype=torch.int32) for _ in range(2))
+        tails.restore_forward(tails.hide_value(value, Layout(ends_q, ends_k, 1, 1)), out, lse)
+        hiding, restoring = made
+        assert hiding.args["value"] is restoring.args["value"] is value
+        assert restoring.args["out"] is out
+        for launch in made:
+            found = launch.compiled_for()
+            repeated += (launch.kernel, launch.key) in known
+            assert known.setdefault((launch.kernel, launch.key), found) == found
+        made.clear()
     assert repeated > 1000, "nothing was compared"
 
 

@@ -10,8 +10,12 @@ compiled at the first call (seconds), for: dtype, head dims, heads per key head,
 limited, which of the optional tensors there are, whether the longest sequence fits one block, and whether there are more than 256
 sequences. A number of tokens or of sequences compiles nothing.
 
-They read up to a block behind the last row of a sequence (`tails` makes that harmless). A function's Python takes far longer than
-the launch, so calls are noted and made again without it (`replay`).
+They read up to a block behind the last row of a sequence (`tails` makes that harmless). In the forward only value does harm there:
+scores of keys behind a sequence become -inf, whatever they were (the last block of keys is computed first, and always looks at the
+length), a row of query shows in no other, and rows of out and lse behind a sequence are not stored. lse of a query that sees no key
+is -inf. So it was read in all the releases above from b8 on, for Hopper and Blackwell. In the backward all four operands do harm.
+
+A function's Python takes far longer than the launch, so calls are noted and made again without it (`replay`).
 
 Run by us on an H100 with PyTorch 2.11 and 4.0.0b36, against the reference: forward and backward with head dims 32, 64, 96, 128, 192
 and 256 (and 96 with 64, 64 with 128, 128 with 64, 192 with 128), shared heads (but not where value has the smaller head dim: there
@@ -40,7 +44,7 @@ from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_sca
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
-from varlen_inductor.ops.backends.tails import hide, own_rows, restore_backward, restore_forward
+from varlen_inductor.ops.backends.tails import hide, hide_value, own_rows, restore_backward, restore_forward
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MODULE = "flash_attn.cute.interface"
@@ -157,10 +161,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
     else:
-        hidden = hide(q, None, k, v, layout)
+        hidden = hide_value(v, layout)  # query and key need not be: see above
         try:
-            q, _, k, v = hidden.operands
-            _run("forward", (q, k, v, out, lse), sizes, layout, rule)
+            _run("forward", (q, k, hidden.value, out, lse), sizes, layout, rule)
         finally:
             restore_forward(hidden, out, lse)
     return out, lse, empty(q, 0, dtype=torch.uint64)

@@ -109,6 +109,14 @@ if triton is not None:
                 tl.store(place + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < row_size)
 
     @triton.jit
+    def empty_lse_behind(lse, first, rows, heads, program, programs, BLOCK: tl.constexpr):
+        """Of ``lse`` (heads, rows), shared by ``programs`` programs, rows from ``first`` on become -inf; no other is looked at."""
+        for start in range(first, rows, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            for head in range(program, heads, programs):
+                tl.store(lse + tl.cast(head, tl.int64) * rows + row, float("-inf"), mask=row < rows)
+
+    @triton.jit
     def finish_lse(lse, first, rows, heads, program, programs, BLOCK: tl.constexpr):
         """Of ``lse`` (heads, rows), shared by ``programs`` programs, rows from ``first`` on become -inf, and so does +inf."""
         blocks = tl.cdiv(rows, BLOCK)

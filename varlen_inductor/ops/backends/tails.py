@@ -10,6 +10,9 @@ With Triton this is done in place: copies of the operands would cost a tenth of 
 copy of those rows and puts zeros where numbers are not finite; one behind puts those numbers back, bit for bit. Both run on the
 stream of the attention, and write nothing to rows that hold finite numbers. The one behind can also finish what the attention
 leaves in its results there (`rows`), for each launch is a good part of what the host does. Without Triton, copies are made.
+
+Usually there are no such rows, and what is left is the time of two launches that find that out. A forward that replaces the scores
+of keys behind a sequence, and that stores no rows of queries there, needs no more hidden than value: `hide_value`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -33,7 +36,7 @@ try:
     import triton
     import triton.language as tl
 
-    from varlen_inductor.ops.backends.rows import finish_lse, zero_behind
+    from varlen_inductor.ops.backends.rows import empty_lse_behind, zero_behind
 except ImportError:  # PyTorch without Triton
     triton = None
 
@@ -43,8 +46,10 @@ PROGRAMS = 64
 """So many programs share the rows of a tensor."""
 BLOCK = 1024
 _GRID, _GRID_GRAD = (3, PROGRAMS, 1), (4, PROGRAMS, 1)
-_GRID_FORWARD, _GRID_BACKWARD = (5, PROGRAMS, 1), (6, PROGRAMS, 1)
-"""As many programs finish the results as exchange the rows of two tensors."""
+_GRID_BACKWARD = (6, PROGRAMS, 1)
+"""As many programs finish the gradients as exchange the rows of two tensors."""
+_GRID_VALUE = (1, PROGRAMS, 1)
+"""In a forward each program has its part of everything: they are fewer than a device runs at once."""
 
 
 class Hidden(NamedTuple):
@@ -71,7 +76,7 @@ class Hidden(NamedTuple):
 
 
 def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, layout: Layout) -> Hidden:
-    """Takes NaN and infinity out of the rows behind the last sequence, until `put_back` or one of the ``restore`` functions.
+    """Takes NaN and infinity out of the rows behind the last sequence, until `put_back` or `restore_backward`.
 
     One of them must follow, whatever happens in between. Each row has memory of its own (`own_rows`), with the last dimension
     contiguous; the operands are on one device and of one dtype.
@@ -125,25 +130,6 @@ def put_back(hidden: Hidden) -> None:
         _launch_put_back(grid, key, *hidden.tensors, *args[7:], True)
 
 
-def restore_forward(hidden: Hidden, out: Tensor, lse: Tensor) -> None:
-    """`put_back` and `rows.finish_forward` in one launch, where rows were hidden without ``grad_out``.
-
-    Args:
-        out: shape (T_q, H, D_v), contiguous.
-        lse: shape (H, T_q), contiguous.
-    """
-    if hidden.kept is None:
-        finish_forward(out, lse, hidden.layout.cu_seq_q)
-        return
-    _, _, _, _, key, stream, args = hidden
-    at, at_lse = out.data_ptr(), lse.data_ptr()
-    if (at | at_lse) & 15:
-        key = (key, at & 15, at_lse & 15)
-    constants = (BLOCK_ROWS, BLOCK_LSE)
-    if stream is None or not _launch_restore_forward.again(_GRID_FORWARD, key, stream, at, at_lse, *args, *constants):
-        _launch_restore_forward(_GRID_FORWARD, key, out, lse, *hidden.tensors, *args[7:], *constants)
-
-
 def restore_backward(hidden: Hidden, grads: tuple[Tensor, Tensor, Tensor]) -> None:
     """`put_back` and `rows.finish_backward` in one launch, where rows were hidden with ``grad_out``.
 
@@ -160,6 +146,69 @@ def restore_backward(hidden: Hidden, grads: tuple[Tensor, Tensor, Tensor]) -> No
     key = (key, variant)
     if stream is None or not _launch_restore_backward.again(_GRID_BACKWARD, key, stream, *addresses, *numbers, *args, BLOCK_ROWS):
         _launch_restore_backward(_GRID_BACKWARD, key, *grads, *numbers, *hidden.tensors, *args[7:], BLOCK_ROWS)
+
+
+class HiddenValue(NamedTuple):
+    """What `hide_value` did, and what undoes it."""
+
+    value: Tensor
+    """To be read: the caller's, or a copy without Triton."""
+    layout: Layout
+    kept: Tensor | None
+    """Its rows behind the last sequence as they were, or ``None`` without Triton."""
+    key: tuple[object, ...]
+    stream: int | None
+    """The number of the stream if the device is the current one."""
+    args: tuple[int, ...]
+    """Of both kernels: three addresses, three numbers that may change from call to call, then constants."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In place of the addresses, which are not enough for a first launch."""
+        assert self.kept is not None
+        return self.value, self.kept, self.layout.cu_seq_k[-1:]
+
+
+def hide_value(value: Tensor, layout: Layout) -> HiddenValue:
+    """Takes NaN and infinity out of the rows of ``value`` behind the last sequence, until `restore_forward`, which must follow.
+
+    Args:
+        value: shape (T_k, H_k, D_v). Each row has memory of its own (`own_rows`), with the last dimension contiguous.
+    """
+    if not _with_triton(value):
+        return HiddenValue(_cleaned(value, layout.cu_seq_k), layout, None, (), None, ())
+    rows, heads, dim = value.shape
+    row, head, _ = value.stride()
+    kept = value.new_empty(min(rows, REACH) * heads * dim)
+    at, at_kept, index = value.data_ptr(), kept.data_ptr(), value.get_device()
+    usual = not (at | at_kept | row | head) & 15 and not (row | head | rows) >> 31
+    key = (index, value.dtype, heads, dim, usual or (at & 15, at_kept & 15, *map(kind, (rows, row, head))))
+    stream = stream_of(index)
+    args = (at, at_kept, last_address(layout.cu_seq_k), rows, row, head, heads, dim, REACH, BLOCK)
+    hidden = HiddenValue(value, layout, kept, key, stream, args)
+    if stream is None or not _launch_hide_value.again(_GRID_VALUE, key, stream, *args):
+        _launch_hide_value(_GRID_VALUE, key, *hidden.tensors, *args[3:])
+    return hidden
+
+
+def restore_forward(hidden: HiddenValue, out: Tensor, lse: Tensor) -> None:
+    """Puts the rows of value back, bit for bit; behind the last sequence ``out`` becomes zero, and ``lse`` -inf. One launch.
+
+    Args:
+        out: shape (T_q, H, D_v), contiguous, in the dtype of value.
+        lse: shape (H, T_q), float32, contiguous.
+    """
+    if hidden.kept is None:
+        finish_forward(out, lse, hidden.layout.cu_seq_q)
+        return
+    _, layout, _, key, stream, args = hidden
+    rows, heads, _ = out.shape
+    at, at_lse = out.data_ptr(), lse.data_ptr()
+    usual = not (at | at_lse) & 15 and not rows >> 31
+    key = (key, heads, usual or (at & 15, at_lse & 15, kind(rows)))
+    addresses, more = (at, at_lse, last_address(layout.cu_seq_q)), (heads, BLOCK_ROWS, BLOCK_LSE)
+    if stream is None or not _launch_restore_forward.again(_GRID_VALUE, key, stream, *addresses, rows, *args, *more):
+        _launch_restore_forward(_GRID_VALUE, key, out, lse, layout.cu_seq_q[-1:], rows, *hidden.tensors, *args[3:], *more)
 
 
 @contextmanager
@@ -342,70 +391,47 @@ if triton is not None:
         )
 
     @_any_rows
-    def _restore_forward_kernel(
-        out,
-        lse,
-        query,
-        grad,
-        key,
+    def _hide_value_kernel(
         value,
         kept,
-        end_q,
         end_k,
-        rows_q,
         rows_k,
-        stride_query_row,
-        stride_query_head,
-        stride_grad_row,
-        stride_grad_head,
-        stride_key_row,
-        stride_key_head,
         stride_value_row,
         stride_value_head,
-        HEADS: tl.constexpr,
-        DIM: tl.constexpr,
         HEADS_K: tl.constexpr,
         DIM_V: tl.constexpr,
         REACH: tl.constexpr,
         BLOCK: tl.constexpr,
+    ):
+        first = tl.load(end_k)
+        _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
+
+    @_any_rows
+    def _restore_forward_kernel(
+        out,
+        lse,
+        end_q,
+        rows_q,
+        value,
+        kept,
+        end_k,
+        rows_k,
+        stride_value_row,
+        stride_value_head,
+        HEADS_K: tl.constexpr,
+        DIM_V: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        HEADS: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_LSE: tl.constexpr,
     ):
-        which = tl.program_id(0)
-        if which < 3:
-            _exchange(
-                which,
-                query,
-                grad,
-                key,
-                value,
-                kept,
-                end_q,
-                end_k,
-                rows_q,
-                rows_k,
-                stride_query_row,
-                stride_query_head,
-                stride_grad_row,
-                stride_grad_head,
-                stride_key_row,
-                stride_key_head,
-                stride_value_row,
-                stride_value_head,
-                HEADS,
-                DIM,
-                HEADS_K,
-                DIM_V,
-                True,
-                REACH,
-                BLOCK,
-            )
-        else:
-            program = (which - 3) * tl.num_programs(1) + tl.program_id(1)
-            programs = (tl.num_programs(0) - 3) * tl.num_programs(1)
-            first = tl.load(end_q)
-            zero_behind(out, first, rows_q, HEADS * DIM_V, HEADS * DIM_V, program, programs, BLOCK_ROWS)
-            finish_lse(lse, first, rows_q, HEADS, program, programs, BLOCK_LSE)
+        first_q, first_k = tl.load(end_q), tl.load(end_k)
+        if (first_q < rows_q) | (first_k < rows_k):  # one jump over all of it, usually
+            _exchange_rows(value, kept, first_k, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, True, REACH, BLOCK)
+            program, programs = tl.program_id(1), tl.num_programs(1)
+            zero_behind(out, first_q, rows_q, HEADS * DIM_V, HEADS * DIM_V, program, programs, BLOCK_ROWS)
+            empty_lse_behind(lse, first_q, rows_q, HEADS, program, programs, BLOCK_LSE)
 
     @_any_rows
     def _restore_backward_kernel(
@@ -481,4 +507,5 @@ if triton is not None:
             zero_behind(grad_value, first_k, rows_k, row_size_v, stride_v, program, programs, BLOCK_ROWS)
 
     _launch_hide, _launch_put_back = Launcher(_exchange_kernel), Launcher(_exchange_kernel)
-    _launch_restore_forward, _launch_restore_backward = Launcher(_restore_forward_kernel), Launcher(_restore_backward_kernel)
+    _launch_hide_value, _launch_restore_forward = Launcher(_hide_value_kernel), Launcher(_restore_forward_kernel)
+    _launch_restore_backward = Launcher(_restore_backward_kernel)
