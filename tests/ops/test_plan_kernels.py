@@ -32,12 +32,13 @@ def compare_all() -> None:
 def compare_one(mask: torch.Tensor, longest_first: bool) -> None:
     count = int(mask.sum())
     index, inverse, cu_seqlens, found = plan_kernels.plan(mask, 4, longest_first=longest_first)
-    same = plan_kernels.plan(mask.long() * 3, 4, longest_first=longest_first)
-    assert all(map(torch.equal, same, (index, inverse, cu_seqlens, found)))
+    of_numbers = plan_kernels.plan(mask.long() * 3, 4, longest_first=longest_first)
+    assert all(map(torch.equal, of_numbers, (index, inverse, cu_seqlens, found)))
     rows = (count // 4 + 1) * 4
     assert int(found) == count
     number = host_number.take()
-    for same, other in zip(plan_kernels.plan(mask, 4, number, None, longest_first), (index, inverse, cu_seqlens, None), strict=True):
+    on_host = plan_kernels.plan(mask, 4, number, None, longest_first)
+    for same, other in zip(on_host, (index, inverse, cu_seqlens, None), strict=True):
         assert same is other is None or torch.equal(same, other)
     assert number.wait(mask.device) == count
     for flag, flagged in ((torch.tensor([True]), count), (torch.tensor(0), 0), (torch.tensor(2.0), count)):
