@@ -22,7 +22,7 @@ except ImportError:  # PyTorch without Triton
     triton = None
 
 _BLOCK = 1024
-_MOST_ROWS = 4096
+_MOST_ROWS = 4 * _BLOCK
 _MOST_READ = 2**22
 
 
@@ -139,7 +139,8 @@ if triton is not None:
     ):
         b = tl.program_id(0)
         if ALONE:
-            lengths, some = _count_all(mask, length, batch, BATCH, tl.cdiv(4 * BLOCK, BATCH))
+            COLUMNS: tl.constexpr = 4 * BLOCK // BATCH
+            lengths, some = _count_all(mask, length, batch, BATCH, COLUMNS)
         else:
             lengths, some = _counted(rows, length, batch, BATCH)
         every = tl.arange(0, BATCH)

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from varlen_inductor.ops import plan_kernels
 from varlen_inductor.ops.backends import cudnn_rows, rows, tails, triton_backward, triton_forward, triton_kernel
 
 SHARED_MEMORY = {90: 227 * 1024, 86: 99 * 1024}
@@ -36,7 +37,16 @@ TYPES = {
 }
 
 
-def compiled(kernel: Any, constants: dict[str, Any], element: str, capability: int, **options: Any) -> Any:
+PLAN_TYPES = {
+    **dict.fromkeys(("mask", "index", "inverse", "count"), "*i64"),
+    **dict.fromkeys(("rows", "cu_seqlens"), "*i32"),
+    "flag": "*i1",
+}
+
+
+def compiled(
+    kernel: Any, constants: dict[str, Any], element: str, capability: int, types: dict[str, str] = TYPES, **options: Any
+) -> Any:
     """``kernel`` for a device of this capability. Tensors are aligned and contiguous in their last dim."""
     signature, values, hints = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -45,7 +55,7 @@ def compiled(kernel: Any, constants: dict[str, Any], element: str, capability: i
             continue
         stride = name.startswith("stride")
         tensor = name in ("query", "key", "value", "out", "kept") or name.startswith("grad")
-        signature[name] = f"*{element}" if tensor else TYPES.get(name, "i32")
+        signature[name] = f"*{element}" if tensor else types.get(name, "i32")
         if tensor or stride:
             hints[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
@@ -136,6 +146,15 @@ def test_what_is_around_them() -> None:
     compiled(tails._hide_value_kernel, sizes_v, "bf16", 90)
     compiled(tails._restore_forward_kernel, {**sizes_v, "HEADS": 12, "BLOCK_ROWS": rows.BLOCK, **lse}, "bf16", 90)
     compiled(tails._restore_backward_kernel, {**sizes, "BLOCK_ROWS": rows.BLOCK}, "bf16", 90)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("longest_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 32, plan_kernels._MOST_ROWS])
+def test_plan(alone: bool, longest_first: bool, batch: int) -> None:
+    options = {"ROUND": True, "ALONE": alone, "FLAGGED": not alone, "LONGEST_FIRST": longest_first}
+    compiled(plan_kernels._fill, {"BLOCK": plan_kernels._BLOCK, "BATCH": batch, **options}, "bf16", 90, PLAN_TYPES)
+    compiled(plan_kernels._count_rows, {"BLOCK": plan_kernels._BLOCK}, "bf16", 90, PLAN_TYPES)
 
 
 @pytest.mark.parametrize("wide", [False, True])
