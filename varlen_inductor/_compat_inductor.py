@@ -227,7 +227,7 @@ def launch_quickly(module: ModuleType) -> int:
 
     if hasattr(CachingAutotuner, "_build_fast_launcher"):
         return 0
-    done = 0
+    done, backward = 0, is_backward(module)
     for name, kernel in list(vars(module).items()):
         if not isinstance(kernel, CachingAutotuner) or isinstance(kernel, DebugAutotuner) or len(kernel.launchers) != 1:
             continue
@@ -238,17 +238,20 @@ def launch_quickly(module: ModuleType) -> int:
             continue
         if kernel.is_statically_launchable():  # then it needs no memory of Triton's allocator, which `run` sets
             # In the module and not on the kernel, which other modules share and caches pickle.
-            setattr(module, name, _Quick(kernel, _with_addresses(launcher)))
+            setattr(module, name, _Quick(kernel, _with_addresses(launcher, asking=backward)))
             done += 1
     return done
 
 
-def _with_addresses(launcher: Callable[..., Any]) -> Callable[..., Any]:
+def _with_addresses(launcher: Callable[..., Any], asking: bool = False) -> Callable[..., Any]:
     """A launcher of Inductor's that gives the kernel the addresses of tensors, or the same one where it is not understood.
 
     What starts the kernel asks each tensor for its address by name, and CUDA what that address is, at every launch. A number it
-    takes as it is, so a tensor of the host's in the place of a device's (from a hook on saved tensors, say) is not refused before
-    the kernel runs. Read in 2.11.
+    takes as it is, a tensor's of the host, too. Read in 2.11.
+
+    Args:
+        asking: whether a tensor may be the host's in a device tensor's place: in a backward it may, from a hook on saved tensors.
+            Such a launch goes Inductor's way, which refuses it before the kernel runs. A forward's guards have seen to that.
     """
     runner: Any = getattr(launcher, "__globals__", {}).get("runner")
     kernel: Any = getattr(runner, "__self__", None)
@@ -268,9 +271,12 @@ def _with_addresses(launcher: Callable[..., Any]) -> Callable[..., Any]:
     if not function:
         return launcher
     arguments = ", ".join(("x, y, z, stream", *names))
+    on_device = " and ".join(f"{name}.is_cuda" for name, kind in zip(names, kinds, strict=True) if asking and kind == "O")
     code = f"""
 def runner({arguments}):
     try:
+        if not ({on_device or True}):
+            return otherwise({arguments})
         values = ({"".join(f"{value}, " for value in values)}{"None, " * scratch})
     except AttributeError:  # None in the place of a tensor
         return otherwise({arguments})
@@ -286,7 +292,7 @@ def is_backward(module: ModuleType) -> bool:
     ``tangents_1`` and so on. Read in 2.11, 2.13."""
     try:
         return "tangents_" in Path(str(module.__file__)).read_text()
-    except OSError:
+    except (OSError, AttributeError):
         return True
 
 

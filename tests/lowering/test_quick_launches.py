@@ -215,11 +215,32 @@ def test_launches_with_addresses(scratch: dict[str, bool]) -> None:
     assert slow is not quick, "another module may share the launcher"
 
 
-def test_launches_without_a_tensor_as_before() -> None:
+@pytest.mark.parametrize("asking", [False, True])
+def test_launches_without_a_tensor_as_before(asking: bool) -> None:
     launched: list[tuple[Any, ...]] = []
     a = torch.zeros(3)
-    _compat_inductor._with_addresses(static_launcher(launched))(a, None, 130, stream=7)
+    _compat_inductor._with_addresses(static_launcher(launched), asking)(a, None, 130, stream=7)
     assert launched == [(4711, 3, 1, 1, 8, 512, "OOi", (a, None, 130), 7)]
+
+
+def test_a_backward_leaves_tensors_of_the_host_to_be_refused() -> None:
+    launched: list[tuple[Any, ...]] = []
+    on_device, on_host = SimpleNamespace(is_cuda=True, data_ptr=lambda: 4096), torch.zeros(4)
+    quick = _compat_inductor._with_addresses(static_launcher(launched), asking=True)
+    for b in (on_device, on_host):
+        quick(on_device, b, 130, stream=7)
+    assert [args[7] for args in launched] == [(4096, 4096, 130), (on_device, on_host, 130)]
+
+
+@pytest.mark.parametrize("source", ["", "tangents_1"])
+def test_only_backwards_ask(source: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    (tmp_path / "code.py").write_text(source)
+    module.__file__ = str(tmp_path / "code.py")
+    module.triton_poi_fused_0 = kernel()  # type: ignore[attr-defined]
+    monkeypatch.setattr(_compat_inductor, "_with_addresses", lambda launcher, asking: asked.append(asking) or launcher)
+    assert _compat_inductor.launch_quickly(module) == len(asked) > 0
+    assert set(asked) == {source != ""}
 
 
 def test_other_launchers_stay() -> None:

@@ -24,11 +24,13 @@ except ImportError:  # PyTorch without Triton
 _BLOCK = 1024
 _MOST_ROWS = 4 * _BLOCK
 _MOST_READ = 2**22
+_MOST_POSITIONS = 2**30
+"""Their numbers are added up in 32 bits."""
 
 
 def available(mask: Tensor) -> bool:
     """Whether the kernels can plan for this mask (B, S)."""
-    return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() < 2**31
+    return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() <= _MOST_POSITIONS
 
 
 def plan(
