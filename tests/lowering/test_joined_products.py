@@ -376,4 +376,5 @@ def test_in_a_packed_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.keys() == wanted.keys()
     loose = {"rtol": 5e-2, "atol": 5e-2} if way == "autocast" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(made, wanted, **loose)
-    assert sum(counts) == {"plain": 4, "tied": 4, "frozen": 4, "no_grad": 2, "checkpoint": 2, "autocast": 4}[way]
+    # In a checkpoint those of the forward are joined from 2.14 on.
+    assert sum(counts) in {"no_grad": (2,), "checkpoint": (2, 4)}.get(way, (4,))

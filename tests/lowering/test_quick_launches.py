@@ -184,6 +184,10 @@ def test_only_forwards_of_packed_graphs_trust_their_inputs(
 
 # --- addresses -------------------------------------------------------------------------------------------------------
 
+only_of_its_kind = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) >= "2.14", reason="another launcher; nobody gives it addresses after 2.11"
+)
+
 
 def static_launcher(launched: list[tuple[Any, ...]], kinds: str = "OOi", **scratch: bool) -> Any:
     """As Inductor makes it for a kernel that takes two tensors and a number; what starts kernels is noted."""
@@ -198,6 +202,7 @@ def static_launcher(launched: list[tuple[Any, ...]], kinds: str = "OOi", **scrat
     return scope["launcher"]
 
 
+@only_of_its_kind
 @pytest.mark.parametrize("scratch", [{}, {"first": True}, {"first": True, "second": True}])
 def test_launches_with_addresses(scratch: dict[str, bool]) -> None:
     """What starts the kernel is given the same, but addresses for tensors."""
@@ -215,6 +220,7 @@ def test_launches_with_addresses(scratch: dict[str, bool]) -> None:
     assert slow is not quick, "another module may share the launcher"
 
 
+@only_of_its_kind
 @pytest.mark.parametrize("asking", [False, True])
 def test_launches_without_a_tensor_as_before(asking: bool) -> None:
     launched: list[tuple[Any, ...]] = []
@@ -223,6 +229,7 @@ def test_launches_without_a_tensor_as_before(asking: bool) -> None:
     assert launched == [(4711, 3, 1, 1, 8, 512, "OOi", (a, None, 130), 7)]
 
 
+@only_of_its_kind
 def test_a_backward_leaves_tensors_of_the_host_to_be_refused() -> None:
     launched: list[tuple[Any, ...]] = []
     on_device, on_host = SimpleNamespace(is_cuda=True, data_ptr=lambda: 4096), torch.zeros(4)

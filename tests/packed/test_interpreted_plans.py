@@ -10,6 +10,7 @@ from test_models import bart, translation_batches
 from torch import Tensor
 
 from triton_interpreter import interpret, needs_interpreter
+from varlen_inductor.backend import register_by_name
 from varlen_inductor.ops import plan_kernels
 
 
@@ -20,6 +21,7 @@ def test_models() -> None:
 
 def compare() -> None:
     """Run by the test where Triton interprets: one plan, whose longest sequences come first, and two, which keep their order."""
+    register_by_name()
     orders: list[bool] = []
     plan = plan_kernels.plan
 
