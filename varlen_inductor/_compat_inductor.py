@@ -227,7 +227,7 @@ def launch_quickly(module: ModuleType) -> int:
 
     if hasattr(CachingAutotuner, "_build_fast_launcher"):
         return 0
-    done, backward = 0, is_backward(module)
+    quick: dict[str, tuple[Any, Callable[..., Any]]] = {}
     for name, kernel in list(vars(module).items()):
         if not isinstance(kernel, CachingAutotuner) or isinstance(kernel, DebugAutotuner) or len(kernel.launchers) != 1:
             continue
@@ -237,10 +237,12 @@ def launch_quickly(module: ModuleType) -> int:
         if special or not tuned or getattr(launcher, "store_cubin", True):
             continue
         if kernel.is_statically_launchable():  # then it needs no memory of Triton's allocator, which `run` sets
-            # In the module and not on the kernel, which other modules share and caches pickle.
-            setattr(module, name, _Quick(kernel, _with_addresses(launcher, asking=backward)))
-            done += 1
-    return done
+            quick[name] = kernel, launcher
+    backward = bool(quick) and is_backward(module)
+    for name, (kernel, launcher) in quick.items():
+        # In the module and not on the kernel, which other modules share and caches pickle.
+        setattr(module, name, _Quick(kernel, _with_addresses(launcher, asking=backward)))
+    return len(quick)
 
 
 def _with_addresses(launcher: Callable[..., Any], asking: bool = False) -> Callable[..., Any]:

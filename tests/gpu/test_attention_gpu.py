@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 import varlen_inductor
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
@@ -174,11 +175,11 @@ def test_opcheck(window: str) -> None:
     case = make_case(
         (50, 0, 90), heads=(4, 2), dims=(32, 32), window=WINDOWS[window], dtype=torch.float16, tail=2, fill=0.0, **CUDA
     )
-    torch.library.opcheck(varlen_attn, case.operands, case.options)
+    opcheck(varlen_attn, case.operands, case.options)
     out, lse, rng_state = (x.detach() for x in run(case))
     operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
     arguments = (torch.randn_like(out), torch.zeros_like(lse), out, lse, rng_state, *operands)
-    torch.library.opcheck(varlen_attn_backward, arguments, case.options)
+    opcheck(varlen_attn_backward, arguments, case.options)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 import varlen_inductor
 from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, make_case, reference, run
@@ -156,16 +157,16 @@ def test_dropout_of_everything_and_of_nothing() -> None:
 @pytest.mark.parametrize("heads", HEADS)
 def test_opcheck(heads: str, window: str) -> None:
     case = make_case((5, 0, 9), heads=HEADS[heads], window=WINDOWS[window], tail=2, fill=0.0)
-    torch.library.opcheck(varlen_attn, case.operands, case.options)
+    opcheck(varlen_attn, case.operands, case.options)
     positions = torch.arange(16)
     options = {**case.options, "position_q": positions, "position_k": positions, "scale": 0.3}
-    torch.library.opcheck(varlen_attn, case.operands, options)
+    opcheck(varlen_attn, case.operands, options)
 
     out, lse, rng_state = (x.detach() for x in run(case))
     operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
     for grad_lse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), grad_lse, out, lse, rng_state, *operands)
-        torch.library.opcheck(varlen_attn_backward, arguments, case.options)
+        opcheck(varlen_attn_backward, arguments, case.options)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

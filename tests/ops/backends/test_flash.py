@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_aten_flash import limits, rule_of
 from torch import Tensor
+from torch.library import custom_op
 
 from attention_cases import LENGTHS, WINDOWS, assert_close, check_against_reference, make_case, reference, run
 from helpers import run_python
@@ -223,7 +224,7 @@ def test_custom_operators() -> None:
     exec(f"def function({V2_8[0]}) -> tuple[Tensor, Tensor, Tensor, Tensor]:\n    return body(locals())", scope)
     module = ModuleType("module")
     name = flash.FLASH2.forward
-    operator = torch.library.custom_op(f"varlen_inductor_test::{name}", scope["function"], mutates_args=())
+    operator = custom_op(f"varlen_inductor_test::{name}", scope["function"], mutates_args=())
     setattr(module, name, operator)
     package = flash.FLASH2._replace(namespaces=("varlen_inductor_nowhere", "varlen_inductor_test"))
     needed = flash._NEEDED[2, "forward"]

@@ -81,8 +81,8 @@ def check_more_rows_than_are_reached() -> None:
         assert all((x[end : end + tails.REACH] == 0).all() for x in operands)
     assert all(x.isnan().all() for x in (q, k, v))
     hidden = tails.hide_value(v, layout((0, 3), (0, 3)))
-    assert (hidden.value[end : end + tails.REACH] == 0).all()
-    assert hidden.value[:end].isnan().all()
+    assert (hidden.operands[0][end : end + tails.REACH] == 0).all()
+    assert hidden.operands[0][:end].isnan().all()
     tails.restore_forward(hidden, torch.empty(some, 1, 8), torch.empty(1, some))
     assert v.isnan().all()
 
@@ -117,7 +117,7 @@ def check_finished() -> None:
         out, lse = torch.full((10, 4, 16), math.nan, dtype=dtype), torch.full((4, 10), math.nan)
         out[:7], lse[:, :7] = 1.0, 0.5
         hidden = tails.hide_value(v, some)
-        assert torch.equal(hidden.value, torch.where(v.isfinite(), v, 0.0))
+        assert torch.equal(hidden.operands[0], torch.where(v.isfinite(), v, 0.0))
         assert all(map(torch.equal, map(bits, (q, g, k)), held))
         tails.restore_forward(hidden, out, lse)
         assert all(map(torch.equal, map(bits, (q, g, k, v)), held))

@@ -163,7 +163,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     else:
         hidden = hide_value(v, layout)  # query and key need not be: see above
         try:
-            _run("forward", (q, k, hidden.value, out, lse), sizes, layout, rule)
+            _run("forward", (q, k, *hidden.operands, out, lse), sizes, layout, rule)
         finally:
             restore_forward(hidden, out, lse)
     return out, lse, empty(q, 0, dtype=torch.uint64)

@@ -53,11 +53,14 @@ _GRID_VALUE = (1, PROGRAMS, 1)
 
 
 class Hidden(NamedTuple):
-    """What `hide` did, and what undoes it."""
+    """What `hide` or `hide_value` did, and what undoes it."""
 
-    operands: tuple[Tensor, Tensor, Tensor, Tensor]
-    """``query``, ``grad_out`` (or ``query`` again), ``key`` and ``value`` to be read: the caller's, or copies without Triton."""
+    operands: tuple[Tensor, ...]
+    """To be read, the caller's, or copies without Triton: ``query``, ``grad_out`` (or ``query`` again), ``key`` and ``value``; or
+    ``value`` alone."""
     layout: Layout
+    ends: tuple[Tensor, ...]
+    """The offsets whose last ones the kernels read."""
     kept: Tensor | None
     """The rows behind the last sequence as they were, or ``None`` without Triton."""
     grid: tuple[int, int, int]
@@ -66,13 +69,13 @@ class Hidden(NamedTuple):
     stream: int | None
     """The number of the stream if the operands' device is the current one."""
     args: tuple[int, ...]
-    """Of every kernel here: seven addresses, ten numbers that may change from call to call, then constants."""
+    """Of every kernel: the addresses of `tensors`, numbers that may change from call to call, then constants."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In place of the addresses, which are not enough for a first launch."""
         assert self.kept is not None
-        return *self.operands, self.kept, self.layout.cu_seq_q[-1:], self.layout.cu_seq_k[-1:]
+        return *self.operands, self.kept, *(offsets[-1:] for offsets in self.ends)
 
 
 def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, layout: Layout) -> Hidden:
@@ -91,7 +94,7 @@ def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, lay
         ends_q, ends_k = layout.cu_seq_q, layout.cu_seq_k
         query, key, value = _cleaned(query, ends_q), _cleaned(key, ends_k), _cleaned(value, ends_k)
         grad_out = query if grad_out is None else _cleaned(grad_out, ends_q)
-        return Hidden((query, grad_out, key, value), layout, None, _GRID, (), None, ())
+        return Hidden((query, grad_out, key, value), layout, (ends_q, ends_k), None, _GRID, (), None, ())
     rows, heads, dim = query.shape
     rows_k, heads_k, dim_v = value.shape
     at_q, at_k, at_v = query.data_ptr(), key.data_ptr(), value.data_ptr()
@@ -117,7 +120,7 @@ def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, lay
     compiled_for = (index, query.dtype, heads, dim, heads_k, dim_v, variant)
     args = (*addresses, *numbers, heads, dim, heads_k, dim_v, REACH, BLOCK)
     stream = stream_of(index)
-    hidden = Hidden((query, grad_out, key, value), layout, kept, grid, compiled_for, stream, args)
+    hidden = Hidden((query, grad_out, key, value), layout, (cu_seq_q, cu_seq_k), kept, grid, compiled_for, stream, args)
     if stream is None or not _launch_hide.again(grid, compiled_for, stream, *args, False):
         _launch_hide(grid, compiled_for, *hidden.tensors, *args[7:], False)
     return hidden
@@ -125,7 +128,7 @@ def hide(query: Tensor, grad_out: Tensor | None, key: Tensor, value: Tensor, lay
 
 def put_back(hidden: Hidden) -> None:
     """The caller's tensors hold again, bit for bit, what they held."""
-    _, _, kept, grid, key, stream, args = hidden
+    _, _, _, kept, grid, key, stream, args = hidden
     if kept is not None and (stream is None or not _launch_put_back.again(grid, key, stream, *args, True)):
         _launch_put_back(grid, key, *hidden.tensors, *args[7:], True)
 
@@ -141,42 +144,21 @@ def restore_backward(hidden: Hidden, grads: tuple[Tensor, Tensor, Tensor]) -> No
     if hidden.kept is None:
         finish_backward(grads, layout.cu_seq_q, layout.cu_seq_k)
         return
-    _, _, _, _, key, stream, args = hidden
+    *_, key, stream, args = hidden
     addresses, numbers, variant = places_of(grads)
     key = (key, variant)
     if stream is None or not _launch_restore_backward.again(_GRID_BACKWARD, key, stream, *addresses, *numbers, *args, BLOCK_ROWS):
         _launch_restore_backward(_GRID_BACKWARD, key, *grads, *numbers, *hidden.tensors, *args[7:], BLOCK_ROWS)
 
 
-class HiddenValue(NamedTuple):
-    """What `hide_value` did, and what undoes it."""
-
-    value: Tensor
-    """To be read: the caller's, or a copy without Triton."""
-    layout: Layout
-    kept: Tensor | None
-    """Its rows behind the last sequence as they were, or ``None`` without Triton."""
-    key: tuple[object, ...]
-    stream: int | None
-    """The number of the stream if the device is the current one."""
-    args: tuple[int, ...]
-    """Of both kernels: three addresses, three numbers that may change from call to call, then constants."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """In place of the addresses, which are not enough for a first launch."""
-        assert self.kept is not None
-        return self.value, self.kept, self.layout.cu_seq_k[-1:]
-
-
-def hide_value(value: Tensor, layout: Layout) -> HiddenValue:
+def hide_value(value: Tensor, layout: Layout) -> Hidden:
     """Takes NaN and infinity out of the rows of ``value`` behind the last sequence, until `restore_forward`, which must follow.
 
     Args:
         value: shape (T_k, H_k, D_v). Each row has memory of its own (`own_rows`), with the last dimension contiguous.
     """
     if not _with_triton(value):
-        return HiddenValue(_cleaned(value, layout.cu_seq_k), layout, None, (), None, ())
+        return Hidden((_cleaned(value, layout.cu_seq_k),), layout, (layout.cu_seq_k,), None, _GRID_VALUE, (), None, ())
     rows, heads, dim = value.shape
     row, head, _ = value.stride()
     kept = value.new_empty(min(rows, REACH) * heads * dim)
@@ -185,23 +167,24 @@ def hide_value(value: Tensor, layout: Layout) -> HiddenValue:
     key = (index, value.dtype, heads, dim, usual or (at & 15, at_kept & 15, *map(kind, (rows, row, head))))
     stream = stream_of(index)
     args = (at, at_kept, last_address(layout.cu_seq_k), rows, row, head, heads, dim, REACH, BLOCK)
-    hidden = HiddenValue(value, layout, kept, key, stream, args)
+    hidden = Hidden((value,), layout, (layout.cu_seq_k,), kept, _GRID_VALUE, key, stream, args)
     if stream is None or not _launch_hide_value.again(_GRID_VALUE, key, stream, *args):
         _launch_hide_value(_GRID_VALUE, key, *hidden.tensors, *args[3:])
     return hidden
 
 
-def restore_forward(hidden: HiddenValue, out: Tensor, lse: Tensor) -> None:
+def restore_forward(hidden: Hidden, out: Tensor, lse: Tensor) -> None:
     """Puts the rows of value back, bit for bit; behind the last sequence ``out`` becomes zero, and ``lse`` -inf. One launch.
 
     Args:
+        hidden: of `hide_value`.
         out: shape (T_q, H, D_v), contiguous, in the dtype of value.
         lse: shape (H, T_q), float32, contiguous.
     """
     if hidden.kept is None:
         finish_forward(out, lse, hidden.layout.cu_seq_q)
         return
-    _, layout, _, key, stream, args = hidden
+    layout, (*_, key, stream, args) = hidden.layout, hidden
     rows, heads, _ = out.shape
     at, at_lse = out.data_ptr(), lse.data_ptr()
     usual = not (at | at_lse) & 15 and not rows >> 31
