@@ -6,7 +6,8 @@ For each configuration: the padded masked SDPA that PyTorch picks, PyTorch's own
 with each kernel that there is, flash-attn-4's own function where it is installed, and the padded SDPA compiled with our flag
 (attention-only form, pack and unpack included). TFLOP/s count useful work only:
 4 · H · D · Σ len², halved when causal, times 3.5 for forward and backward. Short calls are bound by the host, and hosts are noisy:
-all variants are measured several times in turn, and on CUDA the time that kernels run is given, too.
+all variants are measured several times in turn. On CUDA there are also the time with all launches made ahead, in which the host has
+no part, and the sum of the times of the kernels, without what is between them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import median_ms, save
+from common import ahead_ms, median_ms, save
 
 import varlen_inductor
 from varlen_inductor.ops.backends import BACKENDS, choose
@@ -169,9 +170,12 @@ def run(config: Config, device: str, dtype: torch.dtype, rounds: int) -> tuple[l
         found[name] = calls_of(function, inputs, name.removeprefix(OURS_WITH) if name.startswith(OURS_WITH) else "auto")
     measure = partial(median_ms, device=device, repeat=10, warmup=2, device_ms=(25, 100))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
+    ahead: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, calls in found.items():
             times[name].append(calls.each(measure))
+            if device == "cuda":
+                ahead[name].append(calls.each(ahead_ms))
     medians = {name: [statistics.median(ms) for ms in zip(*both)] for name, both in times.items()}
     base_forward, base_backward = medians["padded SDPA"]
     rows: list[dict[str, Any]] = []
@@ -192,6 +196,9 @@ def run(config: Config, device: str, dtype: torch.dtype, rounds: int) -> tuple[l
                 "forward_backward_ms_of_rounds": [round(ms, 4) for _, ms in times[name]],
             }
         )
+        if ahead[name]:
+            both = (statistics.median(ms) for ms in zip(*ahead[name]))
+            rows[-1]["forward_ahead_ms"], rows[-1]["forward_backward_ahead_ms"] = both
         if name == OURS:
             rows[-1]["kernels"] = chosen_for(device, dtype, config)
     return rows, list(found.values())
@@ -210,13 +217,13 @@ def device_ms(call: Callable[[], Any], repeat: int = 10) -> float:
 
 def show(rows: list[dict[str, Any]]) -> None:
     head = f"{'config':12} {'variant':28} {'fwd ms':>9} {'TFLOP/s':>8} {'x':>6} {'f+b ms':>9} {'TFLOP/s':>8} {'x':>6}"
-    print(head, "     kernels run, ms")
+    print(head, "  launched ahead, ms     kernels run, ms")
     for r in rows:
-        on_device = f"{r['forward_device_ms']:9.3f} {r['forward_backward_device_ms']:9.3f}" if "forward_device_ms" in r else ""
+        more = (f"{way}_{what}_ms" for what in ("ahead", "device") for way in ("forward", "forward_backward"))
         print(
             f"{r['config']:12} {r['variant']:28} {r['forward_ms']:9.3f} {r['forward_tflops']:8.1f} {r['forward_speedup']:6.2f}"
             f" {r['forward_backward_ms']:9.3f} {r['forward_backward_tflops']:8.1f} {r['forward_backward_speedup']:6.2f}",
-            on_device,
+            *(f"{r[name]:9.3f}" for name in more if name in r),
         )
 
 

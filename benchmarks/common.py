@@ -90,6 +90,29 @@ def median_ms(
     return statistics.median(times) * 1e3
 
 
+def ahead_ms(function: Callable[[], Any], *, repeat: int = 10, wait_cycles: int = 4_000_000) -> float:
+    """Median time of one call in milliseconds by CUDA's events, all of it launched while the device still waits; caches cold.
+
+    So is a step timed whose host is ahead of its device, and so are kernels, with what is between them, on a host that is busy.
+
+    Args:
+        wait_cycles: for how long the device waits, in its clock: two milliseconds. The host's part of a call must be shorter.
+    """
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than a second level cache
+    function()
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        torch.cuda._sleep(wait_cycles)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
 def wall_ms(function: Callable[[], Any], device: str, *, repeat: int = 30, warmup: int = 5) -> float:
     """Median wall time of one call in milliseconds, the device idle before and after."""
 

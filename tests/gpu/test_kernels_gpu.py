@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, check_backward_into, make_case, run
 from varlen_inductor.ops.attention import split_arguments, varlen_attn_backward
-from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.backends import BACKENDS, flash4
 from varlen_inductor.ops.joined import varlen_attn_backward_joined
 from varlen_inductor.ops.problem import Problem
 
@@ -56,6 +57,24 @@ def test_what_is_behind_the_last_sequence(lengths: Any, window: str, fill: float
         check_against_reference(case, lse_gradient=False)
         for x, old in zip(case.operands[:3], held):
             assert torch.equal(x.detach().view(torch.int16), old.view(torch.int16))
+
+
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("sequences", [2, 9, 256, 257])
+def test_flash4_takes_the_longest_first(sequences: int, window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what it gives in the order of the batch: each block of queries is computed as ever."""
+    draw = random.Random(sequences)
+    apart = [[draw.choice([0, 1, 64, 130, draw.randrange(900)]) for _ in range(sequences)] for _ in range(2)]
+    for lengths, lengths_k in ((apart[0], apart[0]), apart):
+        options = {"heads": (6, 2), "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "tail": 5}
+        case = supported("flash4", tuple(lengths), tuple(lengths_k), **options)
+        if lengths is lengths_k:
+            case = case._replace(cu_seq_k=case.cu_seq_q)
+        ordered = run(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(flash4, "_in_any_order", lambda device: False)
+            expected = run(case)
+        assert all(map(torch.equal, ordered, expected))
 
 
 @every_kernel

@@ -188,10 +188,10 @@ def dirty(x: Tensor) -> Tensor:
     return x.fill_(math.nan)
 
 
-def forward_kernel(causal, _left, _right, _used, _short, shared, q, k, v, out, lse, scale, cu_q, cu_k, _uq, used, *rest):
+def forward_kernel(causal, _left, _right, _used, _short, shared, q, k, v, out, lse, scale, cu_q, cu_k, used_q, used, *rest):
     left, right = rest[1], 0 if causal else rest[2]
     dirty(out), dirty(lse)
-    for (at_q, lq), (at_k, lk) in zip(spans(cu_q, None), spans(cu_k, used)):
+    for (at_q, lq), (at_k, lk) in zip(spans(cu_q, used_q), spans(cu_k, used)):
         rows_q, rows_k = slice(at_q, at_q + lq), slice(at_k, at_k + lk)
         queries, keys, values = (x.double() for x in (q[rows_q], k[rows_k], v[rows_k]))
         scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(shared, 1)) * scale

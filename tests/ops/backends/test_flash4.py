@@ -161,7 +161,7 @@ def check_what_fails() -> None:
     def fails(**options: Any) -> None:
         raise ValueError("a kernel")
 
-    broken = flash4.Kernels(fails, fails, Replay(()))
+    broken = flash4.Kernels(fails, fails, Replay(()), False)
     for scale in (0.3, -0.3):
         case = make_case((5, 7), tail=3, scale=scale)
         layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
@@ -183,6 +183,38 @@ def test_what_fails() -> None:
     check_what_fails()
 
 
+def check_the_longest_first() -> None:
+    """Each sequence's start and length, the longest first, where the kernels take both; rows stay where they are."""
+    package = FlashAttn4()
+    call, given = flash4._call, []
+
+    def noted(kernels: Any, way: str, tensors: Any, cu_q: Any, cu_k: Any, *rest: Any) -> None:
+        if way == "forward":
+            given.append((cu_q, rest[-1].get("seqused_q"), cu_k, rest[-1].get("seqused_k")))
+        call(kernels, way, tensors, cu_q, cu_k, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, flash4.MODULE, package.module)
+        patch.setattr(flash4, "_call", noted)
+        patch.setattr(flash4, "_in_any_order", lambda device: True)
+        forget()
+        for lengths, lengths_k in (((5, 0, 70, 7), None), ((3, 9, 2), (4, 0, 130)), ((5, 8, 6), (9, 9, 1)), ((6,), None)):
+            for window in ((-1, -1), (-1, 0)):
+                case = make_case(lengths, lengths_k, heads=(4, 2), window=window, tail=3)
+                check_against_reference(case if lengths_k else case._replace(cu_seq_k=case.cu_seq_q))
+        other = make_case((8, 2, 1, 1), heads=(4, 2), window=(-1, 0), tail=1)
+        other = other._replace(cu_seq_k=other.cu_seq_q, max_q=70, max_k=70)
+        check_against_reference(other)  # noted above, with other lengths
+    expected = (
+        ([5, 75, 0, 5, 82], [70, 7, 5, 0], [5, 75, 0, 5, 82], [70, 7, 5, 0]),
+        ([12, 0, 3, 14], [2, 3, 9], [4, 0, 4, 134], [130, 4, 0]),
+        ([0, 5, 13, 19], [5, 8, 6], [0, 9, 18, 19], [9, 9, 1]),
+    )
+    found = [tuple(None if x is None else x.tolist() for x in some) for some in given]
+    assert found == [*(x for x in expected[:2] for _ in range(2)), *(expected[2:] * 2), *([([0, 6], None, [0, 6], None)] * 2)]
+    assert package.calls["kernel fwd"] == len(given) + 1
+
+
 def check_kernels() -> None:
     """The same with the Triton kernels around: rows are hidden in place, and put back by what finishes the results."""
     tails._with_triton = rows._with_triton = lambda x: True
@@ -196,6 +228,7 @@ def check_kernels() -> None:
         check_what_a_forward_is_given()
         test_strided_operands()
         check_what_fails()
+        check_the_longest_first()
         for dims in ((32, 32), (32, 64)):
             for scale in (0.3, -0.5):
                 case = make_case((5, 0, 70), heads=(4, 2), dims=dims, window=(-1, 0), tail=3, scale=scale)

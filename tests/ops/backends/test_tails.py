@@ -11,6 +11,7 @@ from torch import Tensor
 
 from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops.backends import tails
+from varlen_inductor.ops.backends.order import MOST_SEQUENCES, Order
 from varlen_inductor.ops.problem import Layout
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -80,7 +81,7 @@ def check_more_rows_than_are_reached() -> None:
     with tails.finite_behind((q, q), (k, k), layout((0, 3), (0, 3))) as operands:
         assert all((x[end : end + tails.REACH] == 0).all() for x in operands)
     assert all(x.isnan().all() for x in (q, k, v))
-    hidden = tails.hide_value(v, layout((0, 3), (0, 3)))
+    hidden, _ = tails.hide_value(v, layout((0, 3), (0, 3)))
     assert (hidden.operands[0][end : end + tails.REACH] == 0).all()
     assert hidden.operands[0][:end].isnan().all()
     tails.restore_forward(hidden, torch.empty(some, 1, 8), torch.empty(1, some))
@@ -116,7 +117,8 @@ def check_finished() -> None:
         held = [bits(x) for x in (q, g, k, v)]
         out, lse = torch.full((10, 4, 16), math.nan, dtype=dtype), torch.full((4, 10), math.nan)
         out[:7], lse[:, :7] = 1.0, 0.5
-        hidden = tails.hide_value(v, some)
+        hidden, order = tails.hide_value(v, some)
+        assert order is None
         assert torch.equal(hidden.operands[0], torch.where(v.isfinite(), v, 0.0))
         assert all(map(torch.equal, map(bits, (q, g, k)), held))
         tails.restore_forward(hidden, out, lse)
@@ -148,7 +150,7 @@ def check_many_rows(many: int = 300) -> None:
         offsets = torch.tensor([0, end], dtype=torch.int32)
         q = torch.full((tokens, 2, 8), math.nan)
         out, lse, grads = torch.ones(tokens, 2, 8), torch.zeros(2, tokens), tuple(torch.ones(tokens, 2, 8) for _ in range(3))
-        tails.restore_forward(tails.hide_value(q, Layout(offsets, offsets, 9, 9)), out, lse)
+        tails.restore_forward(tails.hide_value(q, Layout(offsets, offsets, 9, 9))[0], out, lse)
         tails.restore_backward(tails.hide(q, q, q, q, Layout(offsets, offsets, 9, 9)), (grads[0], grads[1], grads[2]))
         assert q.isnan().all()
         for x in (out, *grads):
@@ -156,6 +158,38 @@ def check_many_rows(many: int = 300) -> None:
             assert (x[end:] == 0.0).all()
         assert (lse[:, :end] == 0.0).all()
         assert (lse[:, end:] == -math.inf).all()
+
+
+def check_order() -> None:
+    """The longest sequences first, those of one length as they come; only with Triton."""
+    draw = torch.Generator().manual_seed(0)
+    v = torch.full((9, 2, 8), math.nan)
+    for count in (2, 3, 9, 70, MOST_SEQUENCES):
+        for apart in (False, True):
+            offsets = [torch.zeros(count + 1, dtype=torch.int32) for _ in range(2)]
+            for x in offsets:
+                x[1:] = torch.randint(0, 6, (count,), generator=draw).cumsum(0)
+            cu_q, cu_k = offsets if apart else (offsets[0], offsets[0])
+            hidden, order = tails.hide_value(v, Layout(cu_q, cu_k, 9, 9), ordering=True)
+            assert order is not None
+            expected = cu_k.diff().argsort(descending=True, stable=True)
+            for cu, starts, used in ((cu_q, order.starts_q, order.used_q), (cu_k, order.starts_k, order.used_k)):
+                assert torch.equal(starts, torch.cat([cu[:-1][expected], cu[-1:]]))
+                assert torch.equal(used, cu.diff()[expected])
+            assert (order.starts_q is order.starts_k) == (order.used_q is order.used_k) == (not apart)
+            first = min(int(cu_k[-1]), 9)
+            assert v[:first].isnan().all()
+            assert (v[first:] == 0.0).all()
+            tails.restore_forward(hidden, torch.ones(9, 2, 8), torch.zeros(2, 9))
+            assert v.isnan().all()
+    some = torch.arange(2 * MOST_SEQUENCES + 4, dtype=torch.int32)
+    for cu in (some[:2], some[: MOST_SEQUENCES + 2], some[::2][:4]):
+        assert tails.hide_value(v, Layout(cu, cu, 9, 9), ordering=True)[1] is None
+
+
+def test_no_order_without_triton() -> None:
+    some = torch.tensor([0, 2, 7], dtype=torch.int32)
+    assert tails.hide_value(torch.ones(9, 2, 8), Layout(some, some, 5, 5), ordering=True)[1] is None
 
 
 def check_all(many: int = 300) -> None:
@@ -188,11 +222,14 @@ def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Tensor, "new_empty", lambda x, size: kept)
     ends = torch.tensor([0, 2, 3], dtype=torch.int32)
     some = Layout(ends, ends.clone(), 2, 2)
+    order = Order(*(torch.empty(size, dtype=torch.int32) for size in (3, 2, 3, 2)))
+    monkeypatch.setattr(tails, "empty_order", lambda *_: order)
     (q, g), (k, v) = [rows(5, 4, 16, how) for how in ("plain", "slice")], [rows(6, 2, 16, how) for how in ("heads first", "plain")]
     out, lse, grads = torch.ones(5, 4, 16), torch.zeros(4, 5), (torch.ones(5, 4, 16), torch.ones(6, 2, 16), torch.ones(6, 2, 16))
 
     def calls() -> None:
-        tails.restore_forward(tails.hide_value(v, some), out, lse)
+        for ordering in (False, True):
+            tails.restore_forward(tails.hide_value(v, some, ordering)[0], out, lse)
         tails.restore_backward(tails.hide(q, g, k, v, some), grads)
         with tails.finite_behind((q, g), (k, v), some):
             pass
@@ -201,9 +238,10 @@ def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatc
         calls()
     monkeypatch.setattr(tails, "stream_of", lambda index: None)  # on a device that is not the current one
     calls()
-    assert [name for name, *_ in log[:6]] == ["hide_value", "restore_forward", "hide", "restore_backward", "hide", "put_back"]
-    assert log[:6] == log[6:12] == log[12:]
-    assert compiled(tails) == 5
+    forwards = ["hide_value", "restore_forward", "hide_and_order", "restore_forward"]
+    assert [name for name, *_ in log[:8]] == [*forwards, "hide", "restore_backward", "hide", "put_back"]
+    assert log[:8] == log[8:16] == log[16:]
+    assert compiled(tails) == 6
 
 
 def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +254,7 @@ def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a forward and a backward, two each."""
         tokens, heads, dim = q.shape
         some = Layout(ends[:end], ends[1:], 9, 9)
-        tails.restore_forward(tails.hide_value(k, some), torch.ones(tokens, heads, dim), torch.zeros(heads, tokens))
+        tails.restore_forward(tails.hide_value(k, some)[0], torch.ones(tokens, heads, dim), torch.zeros(heads, tokens))
         tails.restore_backward(tails.hide(q, q, k, k, some), (q, k, k))
         return compiled(tails)
 
@@ -231,7 +269,7 @@ def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known(memory[:120].view(5, 24)[:, :16].view(5, 1, 16), k[:, :1]) == 14
     assert known(memory.as_strided((1, 4, 16), (2**31, 16, 1)), k) == 16
     out, lse = memory[1:321].view(5, 4, 16), torch.zeros(4, 5)
-    tails.restore_forward(tails.hide_value(k, Layout(ends, ends, 9, 9)), out, lse)
+    tails.restore_forward(tails.hide_value(k, Layout(ends, ends, 9, 9))[0], out, lse)
     assert compiled(tails) == 17
 
 
@@ -245,6 +283,7 @@ def check_kernel() -> None:
     tails._with_triton = lambda x: True
     few_programs()
     check_all(many=100)
+    check_order()
 
 
 @needs_interpreter

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from varlen_inductor.ops import plan_kernels
-from varlen_inductor.ops.backends import cudnn_rows, rows, tails, triton_backward, triton_forward, triton_kernel
+from varlen_inductor.ops.backends import cudnn_rows, order, rows, tails, triton_backward, triton_forward, triton_kernel
 
 SHARED_MEMORY = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
@@ -30,7 +30,7 @@ KERNELS = {
 TYPES = {
     **dict.fromkeys(("lse", "delta", "stats"), "*fp32"),
     **dict.fromkeys(("cu_q", "cu_k", "used_k", "used", "ends_q", "ends_k", "end", "end_q", "end_k"), "*i32"),
-    **dict.fromkeys(("buffer", "block_table"), "*i32"),
+    **dict.fromkeys(("buffer", "block_table", "starts_q", "used_q", "starts_k"), "*i32"),
     **dict.fromkeys(("position_q", "position_k", "rng_state"), "*i64"),
     **dict.fromkeys(("scale", "inner", "scale_out", "keep"), "fp32"),
     "threshold": "i64",
@@ -144,6 +144,8 @@ def test_what_is_around_them() -> None:
         compiled(tails._exchange_kernel, {**sizes, "PUTTING_BACK": putting_back}, "bf16", 90)
     sizes_v = {name: size for name, size in sizes.items() if name not in ("HEADS", "DIM")}
     compiled(tails._hide_value_kernel, sizes_v, "bf16", 90)
+    for apart in (True, False):
+        compiled(tails._hide_and_order_kernel, {**sizes_v, "APART": apart, "MOST": order.MOST_SEQUENCES}, "bf16", 90)
     compiled(tails._restore_forward_kernel, {**sizes_v, "HEADS": 12, "BLOCK_ROWS": rows.BLOCK, **lse}, "bf16", 90)
     compiled(tails._restore_backward_kernel, {**sizes, "BLOCK_ROWS": rows.BLOCK}, "bf16", 90)
 

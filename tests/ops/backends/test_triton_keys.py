@@ -127,8 +127,9 @@ def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:
         if draw.random() < 0.1:
             value = value[:1].as_strided((1, heads_k, dim), (2**31 + draw.choice([0, 1]), dim, 1))
         lse = torch.zeros(heads * rows + 1)[draw.choice([0, 0, 1]) :][: heads * rows].view(heads, rows)
-        ends_q, ends_k = (torch.zeros(draw.choice([2, 5, 6]), dtype=torch.int32) for _ in range(2))
-        tails.restore_forward(tails.hide_value(value, Layout(ends_q, ends_k, 1, 1)), out, lse)
+        ends = torch.zeros(draw.choice([2, 5, 6]) + 1, dtype=torch.int32)[draw.choice([0, 1]) :]
+        ends_k = ends if draw.random() < 0.5 else ends.clone()
+        tails.restore_forward(tails.hide_value(value, Layout(ends, ends_k, 1, 1), draw.random() < 0.5)[0], out, lse)
         hiding, restoring = made
         assert hiding.args["value"] is restoring.args["value"] is value
         assert restoring.args["out"] is out

@@ -15,6 +15,10 @@ scores of keys behind a sequence become -inf, whatever they were (the last block
 length), a row of query shows in no other, and rows of out and lse behind a sequence are not stored. lse of a query that sees no key
 is -inf. So it was read in all the releases above from b8 on, for Hopper and Blackwell. In the backward all four operands do harm.
 
+A forward takes the longest sequences first (`order`), but for packed graphs, in which they lie so already: where a sequence begins
+is read from the offsets, and how long it is from ``seqused_q`` and ``seqused_k`` where they are given, in the same releases. The
+backward's scratch memory has rows for each sequence by its number, in which that of another order would overlap.
+
 A function's Python takes far longer than the launch, so calls are noted and made again without it (`replay`).
 
 Run by us on an H100 with PyTorch 2.11 and 4.0.0b36, against the reference: forward and backward with head dims 32, 64, 96, 128, 192
@@ -42,6 +46,7 @@ from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
 from varlen_inductor.ops.backends.memory import empty
+from varlen_inductor.ops.backends.order import Order
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
 from varlen_inductor.ops.backends.tails import hide, hide_value, own_rows, restore_backward, restore_forward
@@ -68,6 +73,8 @@ _RULE = {"softmax_scale", "causal", "window_size_left", "window_size_right", "so
 FORWARD = frozenset({*ARGUMENTS["forward"], *_LAYOUT, *_RULE})
 BACKWARD = frozenset({*ARGUMENTS["backward, lse"], *_LAYOUT, *_RULE, "deterministic"})
 """The arguments that are given."""
+IN_ORDER = frozenset({"seqused_q", "seqused_k"})
+"""Those that are given, too, to a forward that takes the longest sequences first."""
 
 
 class Kernels(NamedTuple):
@@ -76,6 +83,8 @@ class Kernels(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     replay: Replay
+    in_any_order: bool
+    """Whether the forward is told where sequences begin and how long they are, each by itself."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -131,7 +140,17 @@ def _kernels() -> Kernels | str:
         if reason is not None:
             return reason
     owners = [x for x in vars(module).values() if callable(x) and hasattr(x, "compile_cache")]
-    return Kernels(module._flash_attn_fwd, module._flash_attn_bwd, Replay(owners))
+    in_any_order = inspect.signature(module._flash_attn_fwd).parameters.keys() >= IN_ORDER
+    return Kernels(module._flash_attn_fwd, module._flash_attn_bwd, Replay(owners), in_any_order)
+
+
+@cache
+def _in_any_order(device: torch.device) -> bool:
+    """On Blackwell another, slower kernel is taken where lengths are given."""
+    kernels = _kernels()
+    if isinstance(kernels, str) or not kernels.in_any_order:
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _misunderstood(module: ModuleType, name: str, given: frozenset[str]) -> str | None:
@@ -161,9 +180,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
     else:
-        hidden = hide_value(v, layout)  # query and key need not be: see above
+        hidden, order = hide_value(v, layout, _in_any_order(v.device))  # query and key need not be hidden: see above
         try:
-            _run("forward", (q, k, *hidden.operands, out, lse), sizes, layout, rule)
+            _run("forward", (q, k, *hidden.operands, out, lse), sizes, layout, rule, order)
         finally:
             restore_forward(hidden, out, lse)
     return out, lse, empty(q, 0, dtype=torch.uint64)
@@ -267,13 +286,26 @@ def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def _run(way: str, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int, int, int, int], layout: Layout, rule: Rule) -> None:
-    """Call the function of the package with ``tensors``, which are named in ``ARGUMENTS[way]``; ``sizes`` as of ``_operands``."""
+def _run(
+    way: str,
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, int, int, int, int, int],
+    layout: Layout,
+    rule: Rule,
+    order: Order | None = None,
+) -> None:
+    """Call the function of the package.
+
+    Args:
+        tensors: named in ``ARGUMENTS[way]``.
+        sizes: as of ``_operands``.
+        order: of the sequences of ``layout`` for a forward, if not that of ``layout``.
+    """
     q = tensors[0]
     device = q.device
     if _several_devices() and device.type == "cuda" and device.index != _compat_operators.current_device_index():
         with torch.cuda.device(device):  # the package launches on the current device
-            _run(way, tensors, sizes, layout, rule)
+            _run(way, tensors, sizes, layout, rule, order)
         return
     kernels = _kernels()
     if isinstance(kernels, str):
@@ -285,13 +317,17 @@ def _run(way: str, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int, int,
     one_layout = cu_q is cu_k or cu_q.data_ptr() == cu_k.data_ptr()
     sequences = cu_q.shape[0] - 1
     max_q, max_k = int(max_q) or 1, int(max_k) or 1
+    used_q = used_k = None
+    if order is not None:
+        cu_q, used_q, cu_k, used_k = order
     deterministic = way != "forward" and torch.are_deterministic_algorithms_enabled()
     # Also whether there are as many queries as keys: rows then do not say what memory is for.
     problem = (heads, heads_k, dim, dim_v, one_layout, rows == rows_k, sequences > MANY_SEQUENCES, max_q, max_k)
-    key = (way, device, q.dtype, rule, deterministic, problem)
-    given = (*tensors, cu_q, None if one_layout else cu_k)
+    key = (way, order is None, device, q.dtype, rule, deterministic, problem)
+    given = (*tensors, cu_q, used_q, *((None, None) if one_layout else (cu_k, used_k)))
     if not kernels.replay.again(key, given, rows, rows_k, sequences):
-        call = partial(_call, kernels, way, tensors, cu_q, cu_k, max_q, max_k, rule, deterministic)
+        used = {} if order is None else {"seqused_q": used_q, "seqused_k": used_k}
+        call = partial(_call, kernels, way, tensors, cu_q, cu_k, max_q, max_k, rule, deterministic, used)
         kernels.replay.first(key, given, Sizes(rows, rows_k, sequences, (dim, dim_v)), call)
 
 
@@ -305,6 +341,7 @@ def _call(
     max_k: int,
     rule: Rule,
     deterministic: bool,
+    used: dict[str, Tensor | None],
 ) -> None:
     options = {"softcap": None} if way == "forward" else {"softcap": 0.0, "deterministic": deterministic}
     (kernels.forward if way == "forward" else kernels.backward)(
@@ -318,6 +355,7 @@ def _call(
         window_size_left=None if rule.window_left == UNBOUNDED else rule.window_left,
         window_size_right=None if rule.window_right == UNBOUNDED else rule.window_right,
         **options,
+        **used,
     )
 
 

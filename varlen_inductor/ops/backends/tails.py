@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends.launch import Launcher, kind, stream_of
+from varlen_inductor.ops.backends.order import MOST_SEQUENCES, Order, empty_order
 from varlen_inductor.ops.backends.rows import BLOCK as BLOCK_ROWS
 from varlen_inductor.ops.backends.rows import BLOCK_LSE, finish_backward, finish_forward, last_address, places_of
 from varlen_inductor.ops.problem import Layout
@@ -36,6 +37,7 @@ try:
     import triton
     import triton.language as tl
 
+    from varlen_inductor.ops.backends.order import write_order
     from varlen_inductor.ops.backends.rows import empty_lse_behind, zero_behind
 except ImportError:  # PyTorch without Triton
     triton = None
@@ -151,14 +153,15 @@ def restore_backward(hidden: Hidden, grads: tuple[Tensor, Tensor, Tensor]) -> No
         _launch_restore_backward(_GRID_BACKWARD, key, *grads, *numbers, *hidden.tensors, *args[7:], BLOCK_ROWS)
 
 
-def hide_value(value: Tensor, layout: Layout) -> Hidden:
+def hide_value(value: Tensor, layout: Layout, ordering: bool = False) -> tuple[Hidden, Order | None]:
     """Takes NaN and infinity out of the rows of ``value`` behind the last sequence, until `restore_forward`, which must follow.
 
     Args:
         value: shape (T_k, H_k, D_v). Each row has memory of its own (`own_rows`), with the last dimension contiguous.
+        ordering: with Triton, also find the order of sequences, if there may be one.
     """
     if not _with_triton(value):
-        return Hidden((_cleaned(value, layout.cu_seq_k),), layout, (layout.cu_seq_k,), None, _GRID_VALUE, (), None, ())
+        return Hidden((_cleaned(value, layout.cu_seq_k),), layout, (layout.cu_seq_k,), None, _GRID_VALUE, (), None, ()), None
     rows, heads, dim = value.shape
     row, head, _ = value.stride()
     kept = value.new_empty(min(rows, REACH) * heads * dim)
@@ -168,9 +171,18 @@ def hide_value(value: Tensor, layout: Layout) -> Hidden:
     stream = stream_of(index)
     args = (at, at_kept, last_address(layout.cu_seq_k), rows, row, head, heads, dim, REACH, BLOCK)
     hidden = Hidden((value,), layout, (layout.cu_seq_k,), kept, _GRID_VALUE, key, stream, args)
-    if stream is None or not _launch_hide_value.again(_GRID_VALUE, key, stream, *args):
-        _launch_hide_value(_GRID_VALUE, key, *hidden.tensors, *args[3:])
-    return hidden
+    order = empty_order(layout, value) if ordering else None
+    if order is None:
+        if stream is None or not _launch_hide_value.again(_GRID_VALUE, key, stream, *args):
+            _launch_hide_value(_GRID_VALUE, key, *hidden.tensors, *args[3:])
+        return hidden, None
+    offsets = (layout.cu_seq_q, layout.cu_seq_k, *order)
+    addresses, sequences = [x.data_ptr() for x in offsets], layout.cu_seq_q.shape[0] - 1
+    apart = order.starts_q is not order.starts_k
+    ordered, more = (key, apart), (apart, MOST_SEQUENCES)
+    if stream is None or not _launch_hide_and_order.again(_GRID_VALUE, ordered, stream, *addresses, sequences, *args, *more):
+        _launch_hide_and_order(_GRID_VALUE, ordered, *offsets, sequences, *hidden.tensors, *args[3:], *more)
+    return hidden, order
 
 
 def restore_forward(hidden: Hidden, out: Tensor, lse: Tensor) -> None:
@@ -237,7 +249,8 @@ def _with_triton(x: Tensor) -> bool:
 
 if triton is not None:
     # No kernel is compiled for a number of rows, or for the place of the last offset: then it is nearly always the same one.
-    _any_rows = triton.jit(do_not_specialize=["rows_q", "rows_k"], do_not_specialize_on_alignment=["end_q", "end_k"])
+    _OFFSETS = ["end_q", "end_k", "cu_q", "cu_k", "starts_q", "used_q", "starts_k", "used_k"]
+    _any_rows = triton.jit(do_not_specialize=["rows_q", "rows_k", "sequences"], do_not_specialize_on_alignment=_OFFSETS)
 
     @triton.jit
     def _exchange_rows(
@@ -390,6 +403,33 @@ if triton is not None:
         _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
 
     @_any_rows
+    def _hide_and_order_kernel(
+        cu_q,
+        cu_k,
+        starts_q,
+        used_q,
+        starts_k,
+        used_k,
+        sequences,
+        value,
+        kept,
+        end_k,
+        rows_k,
+        stride_value_row,
+        stride_value_head,
+        HEADS_K: tl.constexpr,
+        DIM_V: tl.constexpr,
+        REACH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        APART: tl.constexpr,
+        MOST: tl.constexpr,
+    ):
+        program, programs = tl.program_id(1), tl.num_programs(1)
+        write_order(cu_q, cu_k, starts_q, used_q, starts_k, used_k, sequences, program, programs, APART, MOST)
+        first = tl.load(end_k)
+        _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
+
+    @_any_rows
     def _restore_forward_kernel(
         out,
         lse,
@@ -492,3 +532,4 @@ if triton is not None:
     _launch_hide, _launch_put_back = Launcher(_exchange_kernel), Launcher(_exchange_kernel)
     _launch_hide_value, _launch_restore_forward = Launcher(_hide_value_kernel), Launcher(_restore_forward_kernel)
     _launch_restore_backward = Launcher(_restore_backward_kernel)
+    _launch_hide_and_order = Launcher(_hide_and_order_kernel)
