@@ -90,13 +90,16 @@ def median_ms(
     return statistics.median(times) * 1e3
 
 
-def ahead_ms(function: Callable[[], Any], *, repeat: int = 10, wait_cycles: int = 4_000_000) -> float:
+def ahead_ms(function: Callable[[], Any], *, repeat: int = 10, wait_cycles: int = 8_000_000) -> float:
     """Median time of one call in milliseconds by CUDA's events, all of it launched while the device still waits; caches cold.
 
     So is a step timed whose host is ahead of its device, and so are kernels, with what is between them, on a host that is busy.
 
     Args:
-        wait_cycles: for how long the device waits, in its clock: two milliseconds. The host's part of a call must be shorter.
+        wait_cycles: for how long the device waits, in its clock: four milliseconds.
+
+    Raises:
+        RuntimeError: in most calls the host was not done when the device began, or they wait for the device.
     """
     cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than a second level cache
     function()
@@ -108,8 +111,12 @@ def ahead_ms(function: Callable[[], Any], *, repeat: int = 10, wait_cycles: int 
         start.record()
         function()
         end.record()
+        late = start.query()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        if not late:
+            times.append(start.elapsed_time(end))
+    if 2 * len(times) < repeat:
+        raise RuntimeError(f"of {repeat} calls {repeat - len(times)} were still being launched after {wait_cycles} cycles")
     return statistics.median(times)
 
 

@@ -249,7 +249,7 @@ def test_settings_for_nested_graphs(packed: bool, monkeypatch: pytest.MonkeyPatc
     """Unless the user has said otherwise."""
     from varlen_inductor.backend import InnerCompiler
 
-    mixed, tried = "triton.mix_order_reduction", "triton.autotune_pointwise"
+    mixed, tried, stored = "triton.mix_order_reduction", "triton.autotune_pointwise", "realize_reads_threshold"
     seen: list[dict[str, Any]] = []
 
     def compiled_with(self: InnerCompiler, gm: Any, inputs: Any) -> Any:
@@ -257,9 +257,12 @@ def test_settings_for_nested_graphs(packed: bool, monkeypatch: pytest.MonkeyPatc
         return gm
 
     monkeypatch.setattr(InnerCompiler, "_compile_whole", compiled_with)
-    given: list[dict[str, Any]] = [{}, {mixed: True}, {tried: True, "shape_padding": False}]
+    given: list[dict[str, Any]] = [{}, {mixed: True, stored: 8}, {tried: True, "shape_padding": False}]
     for options in given:
         nested = InnerCompiler(options).nested(lambda x: x + 1, packed=packed)
         nested(torch.ones(2))
+        with torch.no_grad():
+            nested(torch.ones(2))
     ours = {mixed: False, tried: False} if packed else {tried: False}
-    assert seen == [{**ours, **options} for options in given]
+    in_inference = {**ours, stored: 2} if packed else ours
+    assert seen == [{**some, **options} for options in given for some in (ours, in_inference)]

@@ -130,6 +130,7 @@ def test_graph_pass() -> None:
     assert _compat_inductor.inductor_setting("triton.cudagraphs") is False
     assert _compat_inductor.has_inductor_setting("triton.mix_order_reduction")
     assert _compat_inductor.has_inductor_setting("triton.autotune_pointwise")
+    assert _compat_inductor.has_inductor_setting("realize_reads_threshold")
     assert not _compat_inductor.has_inductor_setting("triton.no_such_setting")
     assert isinstance(_compat_inductor.passes_may_be_lists(), bool)
 

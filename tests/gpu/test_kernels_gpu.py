@@ -59,14 +59,26 @@ def test_what_is_behind_the_last_sequence(lengths: Any, window: str, fill: float
             assert torch.equal(x.detach().view(torch.int16), old.view(torch.int16))
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
-@pytest.mark.parametrize("sequences", [2, 9, 256, 257])
-def test_flash4_takes_the_longest_first(sequences: int, window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sequences", [1, 2, 9, 256, 257])
+def test_flash4_takes_the_longest_first(
+    sequences: int, window: str, dim: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit by bit what it gives in the order of the batch: each block of queries is computed as ever."""
     draw = random.Random(sequences)
-    apart = [[draw.choice([0, 1, 64, 130, draw.randrange(900)]) for _ in range(sequences)] for _ in range(2)]
+    apart = [[draw.choice([0, 1, 64, 130, draw.randrange(900)]) for _ in range(sequences - 1)] + [300] for _ in range(2)]
+    orders: list[Any] = []
+    attend = flash4._run
+
+    def noted(way: str, tensors: Any, sizes: Any, layout: Any, rule: Any, order: Any = None) -> None:
+        orders.append(order)
+        attend(way, tensors, sizes, layout, rule, order)
+
+    monkeypatch.setattr(flash4, "_run", noted)
     for lengths, lengths_k in ((apart[0], apart[0]), apart):
-        options = {"heads": (6, 2), "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "tail": 5}
+        options = {"heads": heads, "dims": (dim, dim), "window": WINDOWS[window], "dtype": torch.bfloat16, "tail": 5}
         case = supported("flash4", tuple(lengths), tuple(lengths_k), **options)
         if lengths is lengths_k:
             case = case._replace(cu_seq_k=case.cu_seq_q)
@@ -75,6 +87,9 @@ def test_flash4_takes_the_longest_first(sequences: int, window: str, monkeypatch
             patch.setattr(flash4, "_in_any_order", lambda device: False)
             expected = run(case)
         assert all(map(torch.equal, ordered, expected))
+        given = sequences <= 256 and torch.cuda.get_device_capability()[0] == 9
+        assert [order is not None for order in orders] == [given, False]
+        orders.clear()
 
 
 @every_kernel

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +28,7 @@ PROBLEM = Problem(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64, 64)
 
 
 def forget() -> None:
-    for cached in (load, flash4._kernels, flash4._unavailable, flash4._max_head_dim, backends.choose):
+    for cached in (load, flash4._kernels, flash4._unavailable, flash4._max_head_dim, flash4._in_any_order, backends.choose):
         cached.cache_clear()
 
 
@@ -183,8 +185,9 @@ def test_what_fails() -> None:
     check_what_fails()
 
 
-def check_the_longest_first() -> None:
-    """Each sequence's start and length, the longest first, where the kernels take both; rows stay where they are."""
+@contextmanager
+def calls_of_the_forward() -> Iterator[tuple[FlashAttn4, list[Any], pytest.MonkeyPatch]]:
+    """A package that was never called, what its forward is given by name, and how to go on patching. Sequences have an order."""
     package = FlashAttn4()
     call, given = flash4._call, []
 
@@ -195,24 +198,48 @@ def check_the_longest_first() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, flash4.MODULE, package.module)
+        forget()
         patch.setattr(flash4, "_call", noted)
         patch.setattr(flash4, "_in_any_order", lambda device: True)
-        forget()
-        for lengths, lengths_k in (((5, 0, 70, 7), None), ((3, 9, 2), (4, 0, 130)), ((5, 8, 6), (9, 9, 1)), ((6,), None)):
-            for window in ((-1, -1), (-1, 0)):
-                case = make_case(lengths, lengths_k, heads=(4, 2), window=window, tail=3)
-                check_against_reference(case if lengths_k else case._replace(cu_seq_k=case.cu_seq_q))
-        other = make_case((8, 2, 1, 1), heads=(4, 2), window=(-1, 0), tail=1)
-        other = other._replace(cu_seq_k=other.cu_seq_q, max_q=70, max_k=70)
-        check_against_reference(other)  # noted above, with other lengths
-    expected = (
+        yield package, given, patch
+    forget()
+
+
+def check_one(lengths: Any, lengths_k: Any = None, window: tuple[int, int] = (-1, 0), **options: Any) -> None:
+    """With one tensor of offsets where there are no lengths of keys."""
+    case = make_case(lengths, lengths_k, heads=(4, 2), window=window, tail=3)._replace(**options)
+    check_against_reference(case if lengths_k else case._replace(cu_seq_k=case.cu_seq_q))
+
+
+def check_the_longest_first() -> None:
+    """Each sequence's start and length, the longest first, where the kernels take both; rows stay where they are."""
+    with calls_of_the_forward() as (package, given, _):
+        check_one((5, 0, 70, 7))
+        check_one((3, 9, 2), (4, 0, 130))
+        check_one((5, 8, 6), (9, 9, 1))
+        check_one((6,))
+    found = [tuple(x.tolist() for x in some) for some in given]
+    assert found == [
         ([5, 75, 0, 5, 82], [70, 7, 5, 0], [5, 75, 0, 5, 82], [70, 7, 5, 0]),
         ([12, 0, 3, 14], [2, 3, 9], [4, 0, 4, 134], [130, 4, 0]),
         ([0, 5, 13, 19], [5, 8, 6], [0, 9, 18, 19], [9, 9, 1]),
-    )
-    found = [tuple(None if x is None else x.tolist() for x in some) for some in given]
-    assert found == [*(x for x in expected[:2] for _ in range(2)), *(expected[2:] * 2), *([([0, 6], None, [0, 6], None)] * 2)]
-    assert package.calls["kernel fwd"] == len(given) + 1
+        ([0, 6], [6], [0, 6], [6]),
+    ]
+    assert package.calls["kernel fwd"] == len(given)
+
+
+def check_orders_in_turn() -> None:
+    """Calls that differ in lengths, in whether queries and keys have one tensor of offsets, and in whether there is an order."""
+    with calls_of_the_forward() as (package, given, patch):
+        for i, ordered in enumerate([True, False, True, False]):
+            patch.setattr(flash4, "_in_any_order", lambda device, ordered=ordered: ordered)
+            for lengths, lengths_k in (((70,), None), ((5, 70), None), ((5, 70), (70, 5)), ((70, 3, 9), None), ((70,), (70,))):
+                check_one(lengths, lengths_k, max_q=70, max_k=70)
+            check_one((5, 9, 60), (60, 9, 5), max_q=70, max_k=70)
+            assert len(given) == min(2 * i + 2, 4)
+        assert package.calls["kernel fwd"] == 24
+        assert len([x for _, x, *_ in given if x is None]) == 2
+        assert all(isinstance(note, Note) for note in notes())
 
 
 def check_kernels() -> None:
@@ -229,6 +256,7 @@ def check_kernels() -> None:
         test_strided_operands()
         check_what_fails()
         check_the_longest_first()
+        check_orders_in_turn()
         for dims in ((32, 32), (32, 64)):
             for scale in (0.3, -0.5):
                 case = make_case((5, 0, 70), heads=(4, 2), dims=dims, window=(-1, 0), tail=3, scale=scale)
@@ -343,6 +371,27 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports(PROBLEM._replace(head_dim=256)) == "its head dim is at most 128 here, not 256"
     on(monkeypatch, 8, 6)
     assert supports(PROBLEM) == "it is used with compute capability 9 and 10, and this device has 8.6"
+
+
+def test_which_forwards_are_given_an_order(monkeypatch: pytest.MonkeyPatch, package: FlashAttn4) -> None:
+    """Those of Hopper that take starts and lengths apart. It is the device's own kernel that is asked about."""
+
+    def in_any_order(*capability: int) -> bool:
+        on(monkeypatch, *capability)
+        return flash4._in_any_order(torch.device("cuda", 0))
+
+    assert in_any_order(9, 0)
+    assert not in_any_order(10, 0)
+    forward = package.forward
+
+    def without(*, seqused_k: Any = None, **options: Any) -> Any: ...
+
+    without.__signature__ = inspect.signature(forward).replace(  # type: ignore[attr-defined]
+        parameters=[p for p in inspect.signature(forward).parameters.values() if p.name != "seqused_q"]
+    )
+    monkeypatch.setattr(package.module, "_flash_attn_fwd", without)
+    assert not in_any_order(9, 0)
+    assert flash4.supports(PROBLEM) is None
 
 
 def test_releases_that_are_not_understood(monkeypatch: pytest.MonkeyPatch, package: FlashAttn4) -> None:

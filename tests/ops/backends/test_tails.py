@@ -164,7 +164,7 @@ def check_order() -> None:
     """The longest sequences first, those of one length as they come; only with Triton."""
     draw = torch.Generator().manual_seed(0)
     v = torch.full((9, 2, 8), math.nan)
-    for count in (2, 3, 9, 70, MOST_SEQUENCES):
+    for count in (1, 2, 9, 70, MOST_SEQUENCES):
         for apart in (False, True):
             offsets = [torch.zeros(count + 1, dtype=torch.int32) for _ in range(2)]
             for x in offsets:
@@ -183,7 +183,7 @@ def check_order() -> None:
             tails.restore_forward(hidden, torch.ones(9, 2, 8), torch.zeros(2, 9))
             assert v.isnan().all()
     some = torch.arange(2 * MOST_SEQUENCES + 4, dtype=torch.int32)
-    for cu in (some[:2], some[: MOST_SEQUENCES + 2], some[::2][:4]):
+    for cu in (some[: MOST_SEQUENCES + 2], some[::2][:4]):
         assert tails.hide_value(v, Layout(cu, cu, 9, 9), ordering=True)[1] is None
 
 

@@ -7,17 +7,17 @@ on Hopper nor a gradient of lse, and those releases are refused.
 
 The kernels take half precision, windows level with the last key and a gradient of lse; no dropout and no positions. They are
 compiled at the first call (seconds), for: dtype, head dims, heads per key head, whether causal, which sides of a window are
-limited, which of the optional tensors there are, whether the longest sequence fits one block, and whether there are more than 256
-sequences. A number of tokens or of sequences compiles nothing.
+limited, which of the optional tensors there are (an order is two of them), whether the longest sequence fits one block, and whether
+there are more than 256 sequences. A number of tokens or of sequences compiles nothing else.
 
 They read up to a block behind the last row of a sequence (`tails` makes that harmless). In the forward only value does harm there:
 scores of keys behind a sequence become -inf, whatever they were (the last block of keys is computed first, and always looks at the
 length), a row of query shows in no other, and rows of out and lse behind a sequence are not stored. lse of a query that sees no key
 is -inf. So it was read in all the releases above from b8 on, for Hopper and Blackwell. In the backward all four operands do harm.
 
-A forward takes the longest sequences first (`order`), but for packed graphs, in which they lie so already: where a sequence begins
-is read from the offsets, and how long it is from ``seqused_q`` and ``seqused_k`` where they are given, in the same releases. The
-backward's scratch memory has rows for each sequence by its number, in which that of another order would overlap.
+A forward takes the longest sequences first (`order`), but for packed graphs (in most of which they lie so already): where one
+begins is read from the offsets, and how long it is from ``seqused_q`` and ``seqused_k`` where they are given, in the same releases.
+The backward's scratch memory has rows for each sequence by its number; those of another order would overlap.
 
 A function's Python takes far longer than the launch, so calls are noted and made again without it (`replay`).
 

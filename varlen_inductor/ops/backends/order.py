@@ -31,7 +31,7 @@ MOST_SEQUENCES = 256
 
 
 class Order(NamedTuple):
-    """Sequences in the order of their keys, the longest first; those of one length in the order of the batch."""
+    """Sequences by their number of keys, the longest first, for that is what a block of queries takes; else as in the batch."""
 
     starts_q: Tensor
     """(N + 1,) int32: the first row of each; the last entry is the end of all."""
@@ -43,10 +43,13 @@ class Order(NamedTuple):
 
 
 def empty_order(layout: Layout, like: Tensor) -> Order | None:
-    """Memory for the order of the sequences of ``layout``, if there may be one; `write_order` fills it."""
+    """Memory for the order of the sequences of ``layout``, if there may be one; `write_order` fills it.
+
+    One sequence has an order, too: kernels may be compiled for whether lengths are given.
+    """
     cu_q, cu_k = layout.cu_seq_q, layout.cu_seq_k
     sequences = cu_q.shape[0] - 1
-    if not 1 < sequences <= MOST_SEQUENCES or not (cu_q.is_contiguous() and cu_k.is_contiguous()):
+    if not 0 < sequences <= MOST_SEQUENCES or not (cu_q.is_contiguous() and cu_k.is_contiguous()):
         return None
     starts, used = empty(like, sequences + 1, dtype=torch.int32), empty(like, sequences, dtype=torch.int32)
     if cu_q is cu_k or cu_q.data_ptr() == cu_k.data_ptr():
