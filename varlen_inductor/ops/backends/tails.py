@@ -172,16 +172,14 @@ def hide_value(value: Tensor, layout: Layout, ordering: bool = False) -> tuple[H
     args = (at, at_kept, last_address(layout.cu_seq_k), rows, row, head, heads, dim, REACH, BLOCK)
     hidden = Hidden((value,), layout, (layout.cu_seq_k,), kept, _GRID_VALUE, key, stream, args)
     order = empty_order(layout, value) if ordering else None
-    if order is None:
-        if stream is None or not _launch_hide_value.again(_GRID_VALUE, key, stream, *args):
-            _launch_hide_value(_GRID_VALUE, key, *hidden.tensors, *args[3:])
-        return hidden, None
-    offsets = (layout.cu_seq_q, layout.cu_seq_k, *order)
-    addresses, sequences = [x.data_ptr() for x in offsets], layout.cu_seq_q.shape[0] - 1
-    apart = order.starts_q is not order.starts_k
-    ordered, more = (key, apart), (apart, MOST_SEQUENCES)
-    if stream is None or not _launch_hide_and_order.again(_GRID_VALUE, ordered, stream, *addresses, sequences, *args, *more):
-        _launch_hide_and_order(_GRID_VALUE, ordered, *offsets, sequences, *hidden.tensors, *args[3:], *more)
+    cu_q, cu_k = layout.cu_seq_q, layout.cu_seq_k
+    offsets = (cu_q, cu_k, *(order or (cu_q, cu_q, cu_k, cu_k)))  # without an order nothing is written there
+    addresses, sequences = [x.data_ptr() for x in offsets], cu_q.shape[0] - 1
+    apart = order is not None and order.starts_q is not order.starts_k
+    most = 0 if order is None else MOST_SEQUENCES
+    variant = (key, apart, most)
+    if stream is None or not _launch_hide_value.again(_GRID_VALUE, variant, stream, *addresses, sequences, *args, apart, most):
+        _launch_hide_value(_GRID_VALUE, variant, *offsets, sequences, *hidden.tensors, *args[3:], apart, most)
     return hidden, order
 
 
@@ -388,22 +386,6 @@ if triton is not None:
 
     @_any_rows
     def _hide_value_kernel(
-        value,
-        kept,
-        end_k,
-        rows_k,
-        stride_value_row,
-        stride_value_head,
-        HEADS_K: tl.constexpr,
-        DIM_V: tl.constexpr,
-        REACH: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        first = tl.load(end_k)
-        _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
-
-    @_any_rows
-    def _hide_and_order_kernel(
         cu_q,
         cu_k,
         starts_q,
@@ -424,8 +406,9 @@ if triton is not None:
         APART: tl.constexpr,
         MOST: tl.constexpr,
     ):
-        program, programs = tl.program_id(1), tl.num_programs(1)
-        write_order(cu_q, cu_k, starts_q, used_q, starts_k, used_k, sequences, program, programs, APART, MOST)
+        if MOST > 0:
+            program, programs = tl.program_id(1), tl.num_programs(1)
+            write_order(cu_q, cu_k, starts_q, used_q, starts_k, used_k, sequences, program, programs, APART, MOST)
         first = tl.load(end_k)
         _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
 
@@ -532,4 +515,3 @@ if triton is not None:
     _launch_hide, _launch_put_back = Launcher(_exchange_kernel), Launcher(_exchange_kernel)
     _launch_hide_value, _launch_restore_forward = Launcher(_hide_value_kernel), Launcher(_restore_forward_kernel)
     _launch_restore_backward = Launcher(_restore_backward_kernel)
-    _launch_hide_and_order = Launcher(_hide_and_order_kernel)
