@@ -283,23 +283,7 @@ class PackedView:
         padded = self.builder.padded(x)
         with self.builder.after(padded, index, here=x in self.builder.boundaries):
             moved = padded if dim == 0 else self.call(aten.movedim.int, padded, dim, 0)
-            return self._crossed("pack", x, self._looked_up(moved, index, x.meta["val"], dim))
-
-    def _looked_up(self, table: fx.Node, index: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
-        """Rows of ``table`` (N, *others), which is ``value`` with its dimension ``dim`` in front.
-
-        Many tokens read the same row: the gradient of an embedding adds up theirs in float32, that of ``index_select`` in the
-        table's own precision, one after another, and with torch 2.11 in a kernel of its own.
-        """
-        if not value.is_floating_point():
-            return self.call(aten.index_select.default, table, 0, index)
-        others = [self.size(n) for i, n in enumerate(value.shape) if i != dim]
-        if len(others) != 1:
-            table = self.call(aten.flatten.using_ints, table, 1) if others else self.call(aten.unsqueeze.default, table, 1)
-        rows = self.call(aten.embedding.default, table, index)
-        if len(others) != 1:
-            rows = self.call(aten.unflatten.int, rows, 1, others) if others else self.call(aten.squeeze.dim, rows, 1)
-        return rows
+            return self._crossed("pack", x, self.call(aten.index_select.default, moved, 0, index))
 
     def _without_token_dims(self, value: fx.Node, x: fx.Node, has_rest: list[bool], offset: int) -> fx.Node:
         drop = [i for i in range(x.meta["val"].dim()) if i + offset >= 0 and not has_rest[i + offset]]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor import config as inductor
 
 from helpers import stub_driver
 from varlen_inductor import backend, config, inductor_pass, nested, report
@@ -266,3 +267,8 @@ def test_settings_for_nested_graphs(packed: bool, monkeypatch: pytest.MonkeyPatc
     ours = {mixed: False, tried: False} if packed else {tried: False}
     in_inference = {**ours, stored: 2} if packed else ours
     assert seen == [{**some, **options} for options in given for some in (ours, in_inference)]
+
+    seen.clear()
+    with inductor.patch({mixed: not inductor.triton.mix_order_reduction, stored: 8}), torch.no_grad():
+        InnerCompiler({}).nested(lambda x: x + 1, packed=packed)(torch.ones(2))
+    assert seen == [{tried: False}], "what the user set for all compiles holds"

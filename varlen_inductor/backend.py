@@ -37,11 +37,12 @@ _SETTINGS_FOR_PACKED_GRAPHS = {
     # as well as the host: with CUDA graphs kernels ran for 13.03 ms of a step with it and for 12.35 without.
     "triton.mix_order_reduction": False,
 }
-_SETTINGS_FOR_PACKED_INFERENCE = {
+_SETTINGS_WITHOUT_GRADIENTS = {
     # What several operations read is computed anew by each of them, unless it is put together from more tensors than this (4 is
     # Inductor's own). So a norm of a residual stream reads every summand since the sum was last stored, up to five: it reads and
     # writes 4.75 times the size of its input on average, and with 2 it is 4 times, in as many kernels. Norms are a tenth of that
-    # encoder's forward. Counted by Inductor's scheduler for a H200, not timed. Training stores the sums in any case.
+    # encoder's forward. Counted by Inductor's scheduler for a H200, not timed. Training stores the sums in any case. (For packed
+    # graphs that are compiled while gradients are off. In half precision a stored sum is rounded, as in eager mode.)
     "realize_reads_threshold": 2,
 }
 
@@ -110,7 +111,7 @@ class InnerCompiler:
             if isinstance(cell.cell_contents, fx.GraphModule):
                 _compat.materialise(cell.cell_contents)
         compiler = self._with({**_SETTINGS, **_SETTINGS_FOR_PACKED_GRAPHS} if packed else _SETTINGS)
-        without_gradients = compiler._with(_SETTINGS_FOR_PACKED_INFERENCE) if packed else compiler
+        without_gradients = compiler._with(_SETTINGS_WITHOUT_GRADIENTS) if packed else compiler
 
         def compile_whole(gm: fx.GraphModule, example_inputs: _compat.ExampleInputs) -> _compat.CompiledFn:
             return (compiler if torch.is_grad_enabled() else without_gradients)._compile_whole(gm, example_inputs)
@@ -122,7 +123,7 @@ class InnerCompiler:
         others = {
             name: value
             for name, value in settings.items()
-            if name not in self.options and _compat_inductor.has_inductor_setting(name)
+            if name not in self.options and _compat_inductor.left_to_inductor(name)
         }
         return InnerCompiler({**self.options, **others}, self.dynamic, self.backend, self.original)
 

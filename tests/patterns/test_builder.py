@@ -140,8 +140,8 @@ def test_what_varies_with_position_or_batch_alone_is_gathered_once() -> None:
         return F.linear(y + table, w) * vector
 
     graph = built(function, X, VALID, torch.randn(S, E), torch.randn(B, E), W)
-    assert len(calls(graph, aten.embedding.default)) == 2
-    assert not calls(graph, aten.index_select.default)
+    gathered = calls(graph, aten.index_select.default)
+    assert len(gathered) == 2
     assert len(calls(graph, aten.remainder.Scalar)) == len(calls(graph, aten.div.Tensor_mode)) == 1
 
 
