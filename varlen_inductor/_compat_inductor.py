@@ -46,16 +46,6 @@ def has_inductor_setting(name: str) -> bool:
     return name in config.get_config_copy()
 
 
-def left_to_inductor(name: str) -> bool:
-    """Whether this version of Inductor has the setting, and nobody has set it, as far as that can be told. Read in 2.11, 2.13."""
-    from torch._inductor import config
-
-    if not has_inductor_setting(name):
-        return False
-    is_default = getattr(config, "_is_default", None)
-    return True if is_default is None else bool(is_default(name))
-
-
 def register_inductor_decompositions(table: dict[Any, Callable[..., Any]]) -> None:
     """Add decompositions to Inductor's table, before or after its first compile.
 

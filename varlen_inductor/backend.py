@@ -25,9 +25,10 @@ _SETTINGS = {
     # try then includes a copy of its operand, from the host's memory if the device's was never so full before. So the second was
     # taken for GELU in inference, at 58.8 us instead of 40.7. Of the kernels timed without such a copy, and for more than 30 us, it
     # was the faster one for none. The first is what Inductor takes when it does not try ("max-autotune" tries in any case).
-    "triton.autotune_pointwise": False,
+    "triton.autotune_pointwise": (True, False),
 }
-"""For the packed graph of a model and for the padded one beside it; what is said of it was seen in packed graphs.
+"""For the packed graph of a model and for the padded one beside it: Inductor's own, and ours in the place of it (if there is another,
+the user has set it). What is said of it was seen in packed graphs.
 
 Measured with benchmarks/model.py's encoder, B 32, S 512, on a H200, torch 2.11, by a script that is not kept, as the other below.
 """
@@ -35,15 +36,15 @@ _SETTINGS_FOR_PACKED_GRAPHS = {
     # Inductor can sum the gradient of a norm's weight in the kernel of the norm's backward, and then launches four small kernels
     # more for each norm. That saves the device reading a tensor twice, and costs a packed training step more than that, the device
     # as well as the host: with CUDA graphs kernels ran for 13.03 ms of a step with it and for 12.35 without.
-    "triton.mix_order_reduction": False,
+    "triton.mix_order_reduction": (True, False),
 }
 _SETTINGS_WITHOUT_GRADIENTS = {
-    # What several operations read is computed anew by each of them, unless it is put together from more tensors than this (4 is
-    # Inductor's own). So a norm of a residual stream reads every summand since the sum was last stored, up to five: it reads and
-    # writes 4.75 times the size of its input on average, and with 2 it is 4 times, in as many kernels. Norms are a tenth of that
-    # encoder's forward. Counted by Inductor's scheduler for a H200, not timed. Training stores the sums in any case. (For packed
-    # graphs that are compiled while gradients are off. In half precision a stored sum is rounded, as in eager mode.)
-    "realize_reads_threshold": 2,
+    # What several operations read is computed anew by each of them, unless it is put together from more tensors than this. So a
+    # norm of a residual stream reads every summand since the sum was last stored, up to five: it reads and writes 4.75 times the
+    # size of its input on average, and with 2 it is 4 times, in as many kernels. Norms are a tenth of that encoder's forward.
+    # Counted by Inductor's scheduler for a H200, not timed. Training stores the sums in any case. (For packed graphs that are
+    # compiled while gradients are off. In half precision a stored sum is rounded, as in eager mode.)
+    "realize_reads_threshold": (4, 2),
 }
 
 
@@ -118,12 +119,12 @@ class InnerCompiler:
 
         return Nested(fn, compile_whole, self.dynamic if dynamic is None else dynamic)
 
-    def _with(self, settings: Mapping[str, Any]) -> InnerCompiler:
-        """The same compiler, with these settings of Inductor's where the user has none of their own."""
+    def _with(self, settings: Mapping[str, tuple[Any, Any]]) -> InnerCompiler:
+        """The same compiler, with these settings of Inductor's where the user has none of their own, for one compile or for all."""
         others = {
-            name: value
-            for name, value in settings.items()
-            if name not in self.options and _compat_inductor.left_to_inductor(name)
+            name: ours
+            for name, (inductors, ours) in settings.items()
+            if name not in self.options and _compat_inductor.inductor_setting(name) == inductors
         }
         return InnerCompiler({**self.options, **others}, self.dynamic, self.backend, self.original)
 
