@@ -27,7 +27,7 @@ _SETTINGS = {
     # was the faster one for none. The first is what Inductor takes when it does not try ("max-autotune" tries in any case).
     "triton.autotune_pointwise": (True, False),
 }
-"""For the packed graph of a model and for the padded one beside it: Inductor's own, and ours in the place of it (if there is another,
+"""For the packed graph of a model and for the padded one beside it: Inductor's own, and ours in its place (where there is another,
 the user has set it). What is said of it was seen in packed graphs.
 
 Measured with benchmarks/model.py's encoder, B 32, S 512, on a H200, torch 2.11, by a script that is not kept, as the other below.
