@@ -86,7 +86,7 @@ def test_other_devices_stay() -> None:
     assert add_up_in_single(traced(summed, *operands((4,))).graph) == 0
 
 
-def test_on_cuda() -> None:
+def test_the_device_stays_the_same() -> None:
     """What it makes has the device of what was there."""
     with FakeTensorMode():
         index, x = torch.zeros(9, dtype=torch.int64, device="meta"), torch.zeros(9, 4, dtype=torch.bfloat16, device="meta")

@@ -146,7 +146,7 @@ def _kernels() -> Kernels | str:
 
 @cache
 def _in_any_order(device: torch.device) -> bool:
-    """On Blackwell another, slower kernel is taken where lengths are given."""
+    """Not on Blackwell, where giving lengths keeps some kernels from being taken: read in 4.0.0b36, and not run."""
     kernels = _kernels()
     if isinstance(kernels, str) or not kernels.in_any_order:
         return False
