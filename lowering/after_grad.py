@@ -13,6 +13,7 @@ from varlen_inductor import config
 from varlen_inductor.lowering.joined_gradients import join_gradients
 from varlen_inductor.lowering.joined_products import join_products
 from varlen_inductor.lowering.row_sums import split_row_sums
+from varlen_inductor.lowering.short_erf import shorten_erf
 from varlen_inductor.lowering.table_gradients import add_up_in_single
 
 _log = logging.getLogger("varlen_inductor")
@@ -22,6 +23,7 @@ PASSES = (
     join_products,  # of those gradients that the one before has left apart; makes their sums one
     split_row_sums,
     add_up_in_single,
+    shorten_erf,
 )
 
 
