@@ -20,10 +20,13 @@ class Compiled:
 
     def __init__(self, name: str, log: list[Any]) -> None:
         self.name, self.log = name, log
+        self.options: dict[str, Any] = {}
+        """Of the last launch that compiles."""
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any) -> Compiled:
+        def launch(*args: Any, **options: Any) -> Compiled:
             assert any(isinstance(x, Tensor) for x in args)
+            self.options = options
             self.log.append((self.name, grid, tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in args)))
             return self
 

@@ -244,6 +244,22 @@ def test_later_launches_get_the_same_as_the_first(monkeypatch: pytest.MonkeyPatc
     assert compiled(tails) == 6
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_the_kernel_behind_a_forward_starts_early(monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    """Where the device can do that: the kernel waits, and its launch does not."""
+    pytest.importorskip("triton")
+    log = note_launches(monkeypatch, tails)
+    monkeypatch.setattr(tails, "starts_early", lambda index: early)
+    ends, value = torch.tensor([0, 2, 3], dtype=torch.int32), rows(5, 2, 16, "plain")
+    for _ in range(2):
+        tails.restore_forward(tails.hide_value(value, Layout(ends, ends, 2, 2))[0], torch.ones(5, 2, 16), torch.zeros(2, 5))
+    hiding, restoring = tails._launch_hide_value.kernel, tails._launch_restore_forward.kernel
+    assert "launch_pdl" not in hiding.options
+    assert restoring.options == ({"launch_pdl": True} if early else {})
+    names = [p.name for p in tails._restore_forward_kernel.params]
+    assert [args[names.index("EARLY")] for name, _, args in log if name == "restore_forward"] == [early] * 2
+
+
 def test_what_a_kernel_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for a number of rows, unless it needs 64 bits, nor for a last offset; but for what is a multiple of 16."""
     pytest.importorskip("triton")

@@ -143,9 +143,15 @@ def test_what_is_around_them() -> None:
     for putting_back in (True, False):
         compiled(tails._exchange_kernel, {**sizes, "PUTTING_BACK": putting_back}, "bf16", 90)
     sizes_v = {name: size for name, size in sizes.items() if name not in ("HEADS", "DIM")}
-    for apart, most in ((False, 0), (False, order.MOST_SEQUENCES), (True, order.MOST_SEQUENCES)):
+    few, many = order.lengths_at_once(2), order.lengths_at_once(order.MOST_SEQUENCES)
+    for apart, most in ((False, 0), (False, few), (True, few), (False, many), (True, many)):
         compiled(tails._hide_value_kernel, {**sizes_v, "APART": apart, "MOST": most}, "bf16", 90)
-    compiled(tails._restore_forward_kernel, {**sizes_v, "HEADS": 12, "BLOCK_ROWS": rows.BLOCK, **lse}, "bf16", 90)
+    for early in (False, True):
+        finishing = {**sizes_v, "HEADS": 12, "BLOCK_ROWS": rows.BLOCK, **lse, "EARLY": early}
+        ptx = compiled(tails._restore_forward_kernel, finishing, "bf16", 90).asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == early
+        if early:  # which nothing but the offsets may be read before
+            assert ptx.index("griddepcontrol.wait") < min(ptx.index("st.global"), ptx.index("bra"))
     compiled(tails._restore_backward_kernel, {**sizes, "BLOCK_ROWS": rows.BLOCK}, "bf16", 90)
 
 

@@ -108,8 +108,8 @@ def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward's launches in which rows behind the last sequence are hidden, and come back."""
     made: list[Launch] = []
 
-    def note(self: Launcher, grid: Any, key: Any, *args: Any) -> None:
-        made.append(Launch(self.kernel, key, dict(zip((p.name for p in self.kernel.params), args, strict=True)), {}))
+    def note(self: Launcher, grid: Any, key: Any, *args: Any, **options: Any) -> None:
+        made.append(Launch(self.kernel, key, dict(zip((p.name for p in self.kernel.params), args, strict=True)), options))
 
     monkeypatch.setattr(Launcher, "__call__", note)
     monkeypatch.setattr(tails, "_with_triton", lambda x: True)
@@ -127,7 +127,7 @@ def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:
         if draw.random() < 0.1:
             value = value[:1].as_strided((1, heads_k, dim), (2**31 + draw.choice([0, 1]), dim, 1))
         lse = torch.zeros(heads * rows + 1)[draw.choice([0, 0, 1]) :][: heads * rows].view(heads, rows)
-        ends = torch.zeros(draw.choice([2, 5, 17, 18]) + 1, dtype=torch.int32)[draw.choice([0, 1]) :]
+        ends = torch.zeros(draw.choice([2, 5, 17, 18, 40]) + 1, dtype=torch.int32)[draw.choice([0, 1]) :]
         ends_k = ends if draw.random() < 0.5 else ends.clone()
         tails.restore_forward(tails.hide_value(value, Layout(ends, ends_k, 1, 1), draw.random() < 0.5)[0], out, lse)
         hiding, restoring = made

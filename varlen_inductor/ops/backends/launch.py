@@ -12,6 +12,7 @@ and 3.7; where one is missing, everything goes Triton's way.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ try:
     from triton import knobs
 except ImportError:  # no Triton, or one that keeps its hooks elsewhere
     knobs = None
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:
+    gdc_wait = None
 
 _MOST_KERNELS = 1024
 
@@ -133,6 +138,18 @@ def stream_of(index: int) -> int | None:
     if index < 0 or index != _compat_operators.current_device_index():
         return None
     return _compat_operators.current_stream_pointer(index)
+
+
+@cache
+def starts_early(index: int) -> bool:
+    """Whether a kernel on device ``index`` may be started while the one before it ends (programmatic dependent launch).
+
+    Such a kernel is launched with the option ``launch_pdl`` and calls ``gdc_wait`` before it looks at what the one before has
+    written. Blackwell has this, too; it was run on Hopper only.
+    """
+    if index < 0 or torch.version.hip is not None or gdc_wait is None:
+        return False
+    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 def kind(number: int) -> int:

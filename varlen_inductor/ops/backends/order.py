@@ -30,6 +30,14 @@ MOST_SEQUENCES = 256
 """With more of them the last one is hardly ever a large part; each program looks at all lengths at once."""
 
 
+_A_WARP = 32
+
+
+def lengths_at_once(sequences: int) -> int:
+    """How many lengths a program looks at: one of two numbers, for it is compiled for each."""
+    return _A_WARP if sequences <= _A_WARP else MOST_SEQUENCES
+
+
 class Order(NamedTuple):
     """Sequences by their number of keys, the longest first, for that is what a block of queries takes; else as in the batch."""
 

@@ -12,7 +12,9 @@ stream of the attention, and write nothing to rows that hold finite numbers. The
 leaves in its results there (`rows`), for each launch is a good part of what the host does. Without Triton, copies are made.
 
 Usually there are no such rows, and what is left is the time of two launches that find that out. A forward that replaces the scores
-of keys behind a sequence, and that stores no rows of queries there, needs no more hidden than value: `hide_value`.
+of keys behind a sequence, and that stores no rows of queries there, needs no more hidden than value: `hide_value`. On Hopper the
+kernel behind it is started while the attention still ends; it looks at the offsets, which nothing writes any more by then, and
+waits for the rest.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -27,8 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varlen_inductor.ops.backends.launch import Launcher, kind, stream_of
-from varlen_inductor.ops.backends.order import MOST_SEQUENCES, Order, empty_order
+from varlen_inductor.ops.backends.launch import Launcher, gdc_wait, kind, starts_early, stream_of
+from varlen_inductor.ops.backends.order import Order, empty_order, lengths_at_once
 from varlen_inductor.ops.backends.rows import BLOCK as BLOCK_ROWS
 from varlen_inductor.ops.backends.rows import BLOCK_LSE, finish_backward, finish_forward, last_address, places_of
 from varlen_inductor.ops.problem import Layout
@@ -176,10 +178,10 @@ def hide_value(value: Tensor, layout: Layout, ordering: bool = False) -> tuple[H
     offsets = (cu_q, cu_k, *(order or (cu_q, cu_q, cu_k, cu_k)))  # without an order nothing is written there
     addresses, sequences = [x.data_ptr() for x in offsets], cu_q.shape[0] - 1
     apart = order is not None and order.starts_q is not order.starts_k
-    most = 0 if order is None else MOST_SEQUENCES
+    most = 0 if order is None else lengths_at_once(sequences)
     variant = (key, apart, most)
     if stream is None or not _launch_hide_value.again(_GRID_VALUE, variant, stream, *addresses, sequences, *args, apart, most):
-        _launch_hide_value(_GRID_VALUE, variant, *offsets, sequences, *hidden.tensors, *args[3:], apart, most)
+        _launch_hide_value(_GRID_VALUE, variant, *offsets, sequences, *hidden.tensors, *args[3:], apart, most, num_warps=1)
     return hidden, order
 
 
@@ -199,9 +201,11 @@ def restore_forward(hidden: Hidden, out: Tensor, lse: Tensor) -> None:
     at, at_lse = out.data_ptr(), lse.data_ptr()
     usual = not (at | at_lse) & 15 and not rows >> 31
     key = (key, heads, usual or (at & 15, at_lse & 15, kind(rows)))
-    addresses, more = (at, at_lse, last_address(layout.cu_seq_q)), (heads, BLOCK_ROWS, BLOCK_LSE)
+    early = starts_early(out.get_device())
+    addresses, more = (at, at_lse, last_address(layout.cu_seq_q)), (heads, BLOCK_ROWS, BLOCK_LSE, early)
     if stream is None or not _launch_restore_forward.again(_GRID_VALUE, key, stream, *addresses, rows, *args, *more):
-        _launch_restore_forward(_GRID_VALUE, key, out, lse, layout.cu_seq_q[-1:], rows, *hidden.tensors, *args[3:], *more)
+        arguments = (out, lse, layout.cu_seq_q[-1:], rows, *hidden.tensors, *args[3:], *more)
+        _launch_restore_forward(_GRID_VALUE, key, *arguments, **({"launch_pdl": True} if early else {}))
 
 
 @contextmanager
@@ -406,10 +410,10 @@ if triton is not None:
         APART: tl.constexpr,
         MOST: tl.constexpr,
     ):
+        first = tl.load(end_k)
         if MOST > 0:
             program, programs = tl.program_id(1), tl.num_programs(1)
             write_order(cu_q, cu_k, starts_q, used_q, starts_k, used_k, sequences, program, programs, APART, MOST)
-        first = tl.load(end_k)
         _exchange_rows(value, kept, first, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, False, REACH, BLOCK)
 
     @_any_rows
@@ -431,8 +435,11 @@ if triton is not None:
         HEADS: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_LSE: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
         first_q, first_k = tl.load(end_q), tl.load(end_k)
+        if EARLY:
+            gdc_wait()
         if (first_q < rows_q) | (first_k < rows_k):  # one jump over all of it, usually
             _exchange_rows(value, kept, first_k, rows_k, stride_value_row, stride_value_head, HEADS_K, DIM_V, True, REACH, BLOCK)
             program, programs = tl.program_id(1), tl.num_programs(1)
