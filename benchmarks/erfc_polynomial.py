@@ -15,7 +15,7 @@ import math
 import torch
 
 DEGREE = 8
-"""The least whose last coefficient is negative, so that the function falls for ever, and whose error float32 hides."""
+"""The least whose last coefficient is negative, so that the function falls for ever, and whose error half precision hides."""
 MOST = 4.5
 """Behind it erfc is below 2e-10, and what is left of it is lost beside one or multiplied by less than 10."""
 POINTS, ROUNDS = 4001, 400

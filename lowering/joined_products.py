@@ -407,8 +407,20 @@ def _same_form(a: Any, b: Any) -> bool:
 
 
 def _add_up_once(products: Sequence[fx.Node], joined: fx.Node, weight: fx.Node) -> None:
-    """Replace the sum of these products by one product: each but the last of the sum is taken out, the last is made of all."""
+    """Replace the sum of these products by one product: each but the last of the sum is taken out, the last is made of all.
+
+    All new nodes are made before the sum is touched, for to make one may fail, and the sum must not lose terms then.
+    """
     left = sorted(products, key=lambda product: (_sum_with(product), product))
+    last = left[-1]
+    with last.graph.inserting_before(last):
+        made = call_like(last, last.target, *last.args[: len(last.args) - 2], joined, weight)
+        made_alone = call_like(last, _mm, joined, weight)
+    alone = {}
+    for product in left:
+        if product.target is _addmm:
+            with product.graph.inserting_before(product):
+                alone[product] = call_like(product, _mm, *product.args[1:3])
     while len(left) > 1:
         product = left.pop(0)
         if product.target is _addmm:
@@ -416,22 +428,23 @@ def _add_up_once(products: Sequence[fx.Node], joined: fx.Node, weight: fx.Node) 
             product.graph.erase_node(product)
             continue
         term = _term(product)
-        (total,) = term.users
+        total = next(node for node in term.users if node is not made)
         if total.target is _addmm:
             # It was innermost; now the product that it was added to is.
-            with total.graph.inserting_before(total):
-                rest = call_like(total, _mm, *total.args[1:3])
+            rest = alone.pop(total)
             left[left.index(total)] = rest
+            if total is last:
+                last.graph.erase_node(made)
+                made = made_alone
         else:
             (rest,) = (node for node in total.all_input_nodes if node is not term)
         total.replace_all_uses_with(rest)
         for node in dict.fromkeys((total, term, product)):
             node.graph.erase_node(node)
     (last,) = left
-    with last.graph.inserting_before(last):
-        made = call_like(last, last.target, *last.args[: len(last.args) - 2], joined, weight)
     last.replace_all_uses_with(made)
-    last.graph.erase_node(last)
+    for node in (last, *alone.values(), *([] if made is made_alone else [made_alone])):
+        node.graph.erase_node(node)
 
 
 def _one_each(

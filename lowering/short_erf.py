@@ -2,12 +2,17 @@
 
 ``1 + erf(z)``, which is what GELU and its gradient make of their input, takes a generated kernel 37 instructions for each number
 of a GELU (counted in what Triton 3.6 compiles for Hopper): more than it takes to move the number from memory and back, so that
-the kernel waits for arithmetic. Where the input was float16 or bfloat16, it is written with one exponential function of a
-polynomial, 19 instructions in all, and comes out nearer to the truth: for z < 0 nothing is subtracted from one.
+the kernel waits for arithmetic. Where the input was float16 or bfloat16, and so will be what is made of it, it is written with one
+exponential function of a polynomial, 19 instructions in all. For z < 0 nothing is subtracted from one then, and of all numbers of
+either dtype fewer come out wrongly rounded.
 
     1 + erf(z) = erfc(-z) = erfc(|z|) for z < 0, else 2 - erfc(|z|),    erfc(a) = 2^Q(a)
 
 `COEFFICIENTS` are Q's, found by ``benchmarks/erfc_polynomial.py``; the tests try them with every number of float16 and bfloat16.
+
+Inductor counts operations, not instructions, and what takes more than thirty of them it makes a tensor of, in float32, as soon as
+it is read twice. So this is done only on the way to a tensor that there is anyway, in half precision: what a product reads, or what
+the graph returns.
 """
 
 from __future__ import annotations
@@ -26,23 +31,27 @@ COEFFICIENTS = (
 
 _convert = torch.ops.prims.convert_element_type.default
 _HALF = (torch.float16, torch.bfloat16)
+_PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+_VIEWS = (aten.view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.expand, aten.slice)
 
 
 def shorten_erf(graph: fx.Graph, device_type: str = "cuda") -> int:
     """Rewrite ``graph`` in place, a graph after autograd whose nodes have fake tensors; how many times it was done.
 
-    Each reader gets nodes of its own, which the generated kernels join again: of a value with two readers that takes so many
-    operations Inductor would make a tensor, in float32.
+    Each reader gets nodes of its own, so that nothing of theirs is read twice; the generated kernels join them again.
     """
-    erfs = graph.find_nodes(op="call_function", target=aten.erf.default)
     changed = 0
-    for erf in erfs:
+    for erf in graph.find_nodes(op="call_function", target=aten.erf.default):
         if not _of_half(erf, device_type):
             continue
         for node in [user for user in erf.users if _adds_one(user, erf)]:
-            for reader in tuple(node.users):
-                with graph.inserting_before(reader):
-                    reader.replace_input_with(node, _one_plus_erf(arguments(erf)["self"]))
+            readers = tuple(node.users)
+            if not all(_is_pointwise(reader) and _becomes_half(reader) for reader in readers):
+                continue
+            with graph.inserting_before(node):
+                made = [_one_plus_erf(arguments(erf)["self"]) for _ in readers]
+            for reader, one_plus_erf in zip(readers, made, strict=True):
+                reader.replace_input_with(node, one_plus_erf)
             graph.erase_node(node)
             changed += 1
         if not erf.users:
@@ -70,6 +79,35 @@ def _adds_one(node: fx.Node, erf: fx.Node) -> bool:
     return terms["self"] is erf and isinstance(terms["other"], (int, float)) and terms["other"] == 1 and terms["alpha"] == 1
 
 
+def _is_pointwise(node: fx.Node) -> bool:
+    return node.target is _convert or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _becomes_half(node: fx.Node) -> bool:
+    """Whether one value after another is made of it, each of the one before alone, until one is a tensor in half precision."""
+    while not _is_stored(node):
+        if len(node.users) != 1:
+            return False
+        (node,) = node.users
+        if calls(node, aten.cat):
+            break
+        if not _is_pointwise(node) and not calls(node, *_VIEWS):
+            return False
+    value = tensor(node)
+    return value is not None and value.dtype in _HALF
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether somebody needs it as a tensor, whatever else reads it."""
+    readers = list(node.users)
+    for reader in readers:
+        if reader.op == "output" or calls(reader, *_PRODUCTS):
+            return True
+        if calls(reader, *_VIEWS):
+            readers.extend(reader.users)
+    return False
+
+
 def _one_plus_erf(z: fx.Node) -> fx.Node:
     """The new nodes, at the point of insertion."""
     size = call_like(z, aten.abs.default, z)
@@ -79,5 +117,5 @@ def _one_plus_erf(z: fx.Node) -> fx.Node:
         exponent = call_like(z, aten.mul.Tensor, call_like(z, aten.add.Tensor, exponent, coefficient), size)
     erfc = call_like(z, aten.exp2.default, exponent)
     positive = call_like(z, _convert, call_like(z, aten.ge.Scalar, z, 0), torch.float32)
-    # erfc is read once here, for the same reason as above: |0 - erfc| or |2 - erfc|.
+    # |0 - erfc| or |2 - erfc|: erfc is read once.
     return call_like(z, aten.abs.default, call_like(z, aten.sub.Tensor, call_like(z, aten.mul.Tensor, positive, 2), erfc))

@@ -34,15 +34,16 @@ def add_up_in_single(graph: fx.Graph, device_type: str = "cuda") -> int:
         with graph.inserting_before(node):
             zeros, addends = (call_like(node, _convert, given[name], torch.float32) for name in ("self", "source"))
             total = call_like(node, aten.index_put.default, zeros, [given["index"]], addends, True)
-            node.replace_all_uses_with(call_like(node, _convert, total, torch.bfloat16))
+            rounded = call_like(node, _convert, total, torch.bfloat16)
+        node.replace_all_uses_with(rounded)
         graph.erase_node(node)
     return len(sums)
 
 
 def _begins_with_zeros(node: fx.Node, device_type: str) -> bool:
-    given, value = arguments(node), node.meta["val"]
+    given, value = arguments(node), tensor(node)
     zeros, index = given["self"], tensor(given["index"])
-    if value.dtype is not torch.bfloat16 or value.device.type != device_type or value.dim() == 0:
+    if value is None or value.dtype is not torch.bfloat16 or value.device.type != device_type or value.dim() == 0:
         return False
     if index is None or index.dim() != 1 or given["dim"] % value.dim() != 0 or given["alpha"] != 1:
         return False

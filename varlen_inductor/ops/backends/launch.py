@@ -147,7 +147,8 @@ def starts_early(index: int) -> bool:
     Such a kernel is launched with the option ``launch_pdl`` and calls ``gdc_wait`` before it looks at what the one before has
     written. Blackwell has this, too; it was run on Hopper only.
     """
-    if index < 0 or torch.version.hip is not None or gdc_wait is None:
+    interpreted = getattr(getattr(knobs, "runtime", None), "interpret", False)
+    if index < 0 or torch.version.hip is not None or gdc_wait is None or interpreted:
         return False
     return torch.cuda.get_device_capability(index)[0] == 9
 
