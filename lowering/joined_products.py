@@ -358,6 +358,8 @@ def _adds_up(products: Sequence[fx.Node]) -> bool:
     if None in sums or len({node.meta["val"].dtype for node in left}) != 1:
         return False
     at = min(left)
+    if at.target is _addmm and at not in products:  # another product, to which the first of these is added
+        return False
     while True:
         left.discard(at)
         if not left:

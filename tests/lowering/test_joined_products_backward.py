@@ -118,6 +118,16 @@ LEFT: dict[str, tuple[Callable[..., Any], int]] = {
     ),
     "a gradient is a result": (lambda g, r, x, w: (of_rows(g, r, w), g[1]), 3),
     "a gradient is multiplied twice": (lambda g, r, x, w: (of_rows(g, r, w), aten.mm(g[1], w[0])), 4),
+    "under another product": (
+        lambda g, r, x, w: aten.add(
+            aten.add(aten.addmm(aten.mm(g[0], w[0]), x, x.t() @ x), aten.mm(g[1], w[1])), aten.mm(g[2], w[2])
+        ),
+        5,
+    ),
+    "under another product, one into the other": (
+        lambda g, r, x, w: aten.addmm(aten.addmm(aten.addmm(aten.mm(g[0], w[0]), x, x.t() @ x), g[1], w[1]), g[2], w[2]),
+        5,
+    ),
     "weights only": (lambda g, r, x, w: of_weights(g, x), 3),
 }
 
