@@ -54,12 +54,11 @@ def fit() -> torch.Tensor:
 
 def in_powers(chebyshev: torch.Tensor) -> torch.Tensor:
     """From Chebyshev polynomials of u = 2 a / MOST - 1 to powers of a."""
-    u = [torch.tensor([-1.0, 2.0 / MOST], dtype=torch.float64)]
     one = torch.zeros(DEGREE, dtype=torch.float64)
     one[0] = 1.0
 
     def times_u(p: torch.Tensor) -> torch.Tensor:
-        return u[0][0] * p + u[0][1] * torch.cat([p.new_zeros(1), p[:-1]])
+        return 2.0 / MOST * torch.cat([p.new_zeros(1), p[:-1]]) - p
 
     terms = [one, times_u(one)]
     while len(terms) < DEGREE:

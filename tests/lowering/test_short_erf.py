@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu
 
-from half_precision import all_numbers, gelu_and_gradient, wrongly_rounded
-from varlen_inductor._compat_inductor import graph_pass_class
+from half_precision import Shorter, all_numbers, gelu_and_gradient, wrongly_rounded
 from varlen_inductor.lowering import after_grad
 from varlen_inductor.lowering.short_erf import COEFFICIENTS, shorten_erf
 
@@ -50,22 +49,9 @@ def test_every_number(dtype: torch.dtype) -> None:
         assert torch.equal(after.isinf(), before.isinf())
 
 
-class Shorter(graph_pass_class()):  # type: ignore[misc]
-    """The pass where Inductor calls ours, for the CPU."""
-
-    def __init__(self) -> None:
-        self.changed: list[int] = []
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.changed.append(shorten_erf(graph, "cpu"))
-
-    def uuid(self) -> None:
-        return None  # not to be cached
-
-
 def test_in_generated_code() -> None:
     x = all_numbers(torch.bfloat16).requires_grad_()
-    shorter = Shorter()
+    shorter = Shorter("cpu")
     out = torch.compile(gelu, options={"post_grad_custom_post_pass": shorter})(x)
     (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
     assert shorter.changed == [1, 1]
