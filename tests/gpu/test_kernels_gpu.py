@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, check_backward_into, make_case, run
+from attention_cases import (
+    LENGTHS,
+    WINDOWS,
+    Case,
+    assert_close,
+    check_against_reference,
+    check_backward_into,
+    make_case,
+    reference,
+    run,
+)
 from varlen_inductor.ops.attention import split_arguments, varlen_attn_backward
 from varlen_inductor.ops.backends import BACKENDS, flash4
 from varlen_inductor.ops.joined import varlen_attn_backward_joined
@@ -59,6 +69,25 @@ def test_what_is_behind_the_last_sequence(lengths: Any, window: str, fill: float
             assert torch.equal(x.detach().view(torch.int16), old.view(torch.int16))
 
 
+@pytest.mark.parametrize("little_work", [0, math.inf], ids=["hidden", "repaired"])
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_flash4_behind_the_last_sequence(
+    dims: tuple[int, int], window: str, little_work: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways in which a forward keeps it harmless; twice each, for launches differ from the second on."""
+    monkeypatch.setattr(flash4, "LITTLE_WORK", little_work)
+    for lengths, tail in (((300, 70, 1, 0, 5), 300), ((130,), 1), ((1,) * 40, 20), ((700, 300), 0), ((0, 200, 0), 2)):
+        for fill in (math.nan, -math.inf, 1.0):
+            options = {"window": WINDOWS[window], "dtype": torch.bfloat16, "tail": tail, "fill": fill}
+            case = supported("flash4", lengths, None, heads=(6, 2), dims=dims, **options)
+            expected, expected_lse = reference(case)
+            for _ in range(2):
+                out, lse, _ = run(case)
+                assert_close(out, expected, torch.bfloat16, "out")
+                assert_close(lse, expected_lse, torch.bfloat16, "lse")
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
@@ -69,6 +98,7 @@ def test_flash4_takes_the_longest_first(
     """Bit by bit what it gives in the order of the batch: each block of queries is computed as ever."""
     draw = random.Random(sequences)
     apart = [[draw.choice([0, 1, 64, 130, draw.randrange(900)]) for _ in range(sequences - 1)] + [300] for _ in range(2)]
+    monkeypatch.setattr(flash4, "LITTLE_WORK", 0)
     orders: list[Any] = []
     attend = flash4._run
 

@@ -96,6 +96,23 @@ def tables_of(capability: int, windowed: bool, dropout: bool) -> list[dict[tuple
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("early", [False, True])
+def test_repair(early: bool, dim: int) -> None:
+    blocks = triton_kernel.HOPPER_SHORT[2, dim].forward
+    constants = {"GROUPS": 2, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "LEFT": True, "RIGHT": True, "PRECISION": "tf32"}
+    dims = {"DIM": dim, "DIM_V": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "inner": None}
+    options = {"num_warps": blocks.num_warps, "num_stages": 2}
+    kernel = triton_forward.repair_kernel
+    result = compiled(kernel, {**constants, **dims, "REACH": triton_kernel.REACH, "EARLY": early}, "bf16", 90, **options)
+    assert result.metadata.shared <= SHARED_MEMORY[90]
+    before, waits, _ = result.asm["ptx"].partition("griddepcontrol.wait")
+    assert bool(waits) == early
+    if early:  # nothing but the two offsets may be read before
+        assert before.count("ld.global") == 2
+        assert "st.global" not in before and "bra" not in before
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [16, 256, 12])
 def test_pages(page_size: int, dim: int) -> None:
     """Pages of whole blocks, of parts of one, and of what no block fits."""

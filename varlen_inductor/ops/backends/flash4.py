@@ -43,8 +43,9 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat_operators
+from varlen_inductor.ops.backends import triton_kernel
 from varlen_inductor.ops.backends.base import Backend, unknown_option
-from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, positive_scale, ready
+from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, contiguous, positive_scale, ready
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.backends.order import Order
 from varlen_inductor.ops.backends.packages import load
@@ -58,6 +59,11 @@ MAX_HEAD_DIM_BLACKWELL = 128
 
 HEAD_DIMS = 32
 """Head dims are multiples of it. Others run, but dq came out wrong for 8, 40 and 72, and for 20 and 12 nothing was compiled."""
+LITTLE_WORK = 1e11
+"""Up to so many operations (0.2 ms of a H200) an order of sequences is hardly worth the kernel that finds it. Without that kernel
+nothing is hidden in front, and what the attention made of it is repaired behind: one small kernel, not two. What is computed anew
+is rounded as the Triton kernel rounds, so NaN behind the end shows in the last bits of others: not where algorithms must be
+deterministic."""
 MANY_SEQUENCES = 256
 """More of them are found in another way by the kernels."""
 
@@ -153,6 +159,23 @@ def _in_any_order(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@cache
+def _repairs(device: torch.device) -> bool:
+    """Not on Blackwell, where nothing of this was run."""
+    return _in_any_order(device) and triton_kernel.supports_device(device) is None
+
+
+def _work(sizes: tuple[int, int, int, int, int, int], layout: Layout, rule: Rule) -> float:
+    """Operations of the products, if all sequences were of one length; with others there are more."""
+    rows, heads, dim, rows_k, _, dim_v = sizes
+    seen = rows_k / max(layout.cu_seq_q.shape[0] - 1, 1)
+    if rule.causal:
+        seen /= 2
+    elif rule.window_left != UNBOUNDED and rule.window_right != UNBOUNDED:
+        seen = min(seen, rule.window_left + rule.window_right + 1)
+    return 2.0 * rows * heads * (dim + dim_v) * seen
+
+
 def _misunderstood(module: ModuleType, name: str, given: frozenset[str]) -> str | None:
     function = getattr(module, name, None)
     if function is None:
@@ -179,6 +202,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     lse = empty(q, heads, rows, dtype=torch.float32)
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
+    elif _repairs(v.device) and _work(sizes, layout, rule) <= LITTLE_WORK and not torch.are_deterministic_algorithms_enabled():
+        _run("forward", (q, k, v, out, lse), sizes, layout, rule)
+        triton_kernel.repair_forward(out, lse, q, k, v, contiguous(layout), rule)
     else:
         hidden, order = hide_value(v, layout, _in_any_order(v.device))  # query and key need not be hidden: see above
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend
-from varlen_inductor.ops.backends.launch import Launcher
+from varlen_inductor.ops.backends.launch import Launcher, starts_early
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
@@ -27,6 +27,10 @@ _LOG2_E = math.log2(math.e)
 _WIDEST = 1 << 30
 MAX_SEQUENCES = 65534
 """The grid has a dimension for the sequences and one more; CUDA allows 65535."""
+REACH = 256
+"""So many rows behind a sequence at most are read by another's kernel."""
+REPAIRERS = 8
+"""So many programs for each head repair a forward; all heads together are fewer than a device runs at once."""
 DELTA_ROWS = 64
 """So many queries at once are prepared for the backward."""
 
@@ -91,7 +95,7 @@ def supports(problem: Problem) -> str | None:
     """Why the kernels cannot run the problem, or ``None``."""
     if problem.device.type != "cuda":
         return "it runs on CUDA only"
-    unavailable = _unavailable(problem.device)
+    unavailable = supports_device(problem.device)
     if unavailable is not None:
         return unavailable
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -104,7 +108,8 @@ def supports(problem: Problem) -> str | None:
 
 
 @cache
-def _unavailable(device: torch.device) -> str | None:
+def supports_device(device: torch.device) -> str | None:
+    """Why none of the kernels can run on the CUDA device, or ``None``."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
@@ -158,6 +163,55 @@ def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout:
     """The same into ``out``; see ``ForwardInto``."""
     _, lse, _ = forward(query, key, value, layout, rule, out)
     return lse
+
+
+def repair_forward(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> None:
+    """Finishes what another kernel's forward has left that reads up to `REACH` keys and values behind those of a sequence.
+
+    Behind the last sequence ``out`` becomes zero and ``lse`` -inf. Only where ``value`` holds NaN or infinity behind the last
+    sequence, in reach, which make NaN of weights that are zero, are the sequences that reach them computed anew. One launch.
+
+    Args:
+        out: shape (T_q, H, D_v), the last dim contiguous.
+        lse: shape (H, T_q), float32, contiguous.
+        layout: without positions, pages or ``seqused_k``, its offsets contiguous.
+        rule: without dropout, with a positive scale.
+    """
+    index = query.get_device()
+    if index >= 0 and index != _compat_operators.current_device_index():
+        with torch.cuda.device(index):
+            return repair_forward(out, lse, query, key, value, layout, rule)
+    (rows, heads, _), rows_k = query.shape, key.shape[0]
+    kind = (index, query.dtype, heads, key.shape[1], query.shape[2], value.shape[2], rule)
+    fixed = _repairs.get(kind)
+    if fixed is None:
+        table, dim = HOPPER_SHORT if _is_hopper(query.device) else OTHER, max(query.shape[2], value.shape[2])
+        blocks = table[2, next(limit for limit in (64, 128, 256) if dim <= limit)].forward
+        constants = (*_constants(query, key, value, rule, blocks, "tf32"), REACH, starts_early(index))
+        options = {"num_warps": blocks.num_warps, "num_stages": 2, **({"launch_pdl": True} if starts_early(index) else {})}
+        if len(_repairs) >= _MOST_KNOWN:
+            _repairs.clear()
+        fixed = _repairs[kind] = (next(_numbering), _scales(rule.scale, rule), _numbers(rule, False)[2:], constants, options)
+    number, scales, window, constants, options = fixed
+    tensors = (query, key, value, out, lse, layout.cu_seq_q, layout.cu_seq_k)
+    addresses, kinds = _places(tensors)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *out.stride()[:2])
+    _launcher("triton_forward", "repair_kernel").with_addresses(
+        (REPAIRERS, heads, 1),
+        (number, kinds, strides),
+        None if index < 0 else _compat_operators.current_stream_pointer(index),
+        tensors,
+        addresses,
+        *strides,
+        layout.cu_seq_q.shape[0] - 1,
+        rows,
+        rows_k,
+        *scales,
+        *window,
+        *constants,
+        **options,
+    )
+    return None
 
 
 def backward(
@@ -392,6 +446,7 @@ class Fixed(NamedTuple):
 
 
 _known: dict[tuple[Any, ...], Fixed] = {}
+_repairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _numbering = itertools.count()
 _MOST_KNOWN = 4096
 
