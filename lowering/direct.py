@@ -71,14 +71,17 @@ def backward_joined(
     return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
-def site(function: Literal["forward", "backward", "backward_joined"], **options: Any) -> Callable[..., Any]:
+def site(function: Literal["forward", "backward", "backward_joined"], alone: bool = False, **options: Any) -> Callable[..., Any]:
     """`forward`, `backward` or `backward_joined` for one place in generated code, with all options but tensors given.
 
     Every call must have the same device, dtypes, head counts, head dims and tensors among its options, and at least one query
     row, key row and sequence. ``kernels`` must be among the options.
+
+    Args:
+        alone: of the results only the first is looked at, and there need not be more.
     """
     if function == "forward":
-        return _forward_site(options)
+        return _forward_site(options, _first_of if alone else attrgetter("forward"))
     if function == "backward":
         return _backward_site(options, attrgetter("backward"), backward)
     return _backward_site(options, lambda backend: partial(backward_joined_by, backend), backward_joined)
@@ -121,11 +124,20 @@ class _Call:
         return known
 
 
-def _forward_site(options: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    call = _Call(options, backward=False, of=attrgetter("forward"))
+def _first_of(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
+    """What runs the forward where nothing but its first result is looked at."""
+    alone = backend.forward_alone
+    return backend.forward if alone is None else lambda *operands: (alone(*operands),)
+
+
+def _forward_site(
+    options: dict[str, Any], of: Callable[[Backend], Callable[..., tuple[Tensor, ...]]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """``of`` gives what runs the forward with a backend."""
+    call = _Call(options, backward=False, of=of)
     found, look, failed = call.found, call.look, fallback.failed
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
         if not (known.gathers or failed(known.problem, False) or debug()):
             try:

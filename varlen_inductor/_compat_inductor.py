@@ -157,11 +157,18 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
                 else:
                     number = outermost.varlen_sites = getattr(outermost, "varlen_sites", 0) + 1
                     self.python_kernel_name = f"{alias}_{number}"
+                    if function == "forward" and self._first_result_is_all():
+                        options["alone"] = True
                     given = "".join(f", {name}={value!r}" for name, value in options.items())
                     outermost.add_import_once(f"from {module} import site as varlen_site")
                     made_for = self._site_is_made_for(first_operand)
                     outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})  # {made_for}")
             super().codegen(wrapper)
+
+        def _first_result_is_all(self) -> bool:
+            """Whether the code reads no other; the scheduler has taken out what reads those that nobody needs."""
+            others = list(self.outputs)[1:]
+            return all(x.get_name() in V.graph.removed_buffers for x in others)
 
         def _site_options(self) -> dict[str, Any] | None:
             """The options that are constants, or None where every call must look at its operands."""

@@ -23,6 +23,7 @@ from varlen_inductor import _compat, config, report
 from varlen_inductor.lowering.quick_launches import QuickLaunches
 from varlen_inductor.nested import MOST_KEYS
 from varlen_inductor.ops import packing, plan_kernels
+from varlen_inductor.ops.backends import kept
 from varlen_inductor.patterns import nodes
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class PackedProgram:
         self.max_density = config.max_density
         self.min_positions = min_positions
         self.longest_first = longest_first
+        self._offsets_stay = not inner.records_cuda_graphs
         self.strict = config.strict
         self.broken = False
         self.too_small = False
@@ -176,7 +178,11 @@ class PackedProgram:
             self._in_vain += 1
             return None
         self._in_vain = 0
-        return [tensor for plan, count, n in zip(pending.plans, counts, rows) for tensor in plan.finish(count, n)]
+        finished = [plan.finish(count, n) for plan, count, n in zip(pending.plans, counts, rows)]
+        if self._offsets_stay:
+            for _, _, cu_seqlens in finished:
+                kept.never_written(cu_seqlens)  # the body only reads it
+        return [tensor for tensors in finished for tensor in tensors]
 
     def _worth_it(self, pending: _Pending, counts: Sequence[int]) -> bool:
         return all(counts) and sum(counts) <= self.max_density * pending.positions

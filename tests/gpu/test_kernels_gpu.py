@@ -21,7 +21,7 @@ from attention_cases import (
     run,
 )
 from varlen_inductor.ops.attention import split_arguments, varlen_attn_backward
-from varlen_inductor.ops.backends import BACKENDS, flash4
+from varlen_inductor.ops.backends import BACKENDS, flash4, kept
 from varlen_inductor.ops.joined import varlen_attn_backward_joined
 from varlen_inductor.ops.problem import Problem
 
@@ -188,6 +188,34 @@ def test_joined_gradients(heads: tuple[int, int], tails_unread: bool, kernels: s
         actual = varlen_attn_backward_joined(*given, **case.options)
         assert actual.is_contiguous()
         assert_close(actual[:rows], expected[:rows], torch.bfloat16, "joined gradients", factor=2.0)
+
+
+# --- cuDNN: the first result alone -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("stays", [False, True])
+def test_cudnn_gives_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str) -> None:
+    """Bit by bit that of a forward; with offsets that stay as they are, several at once share memory."""
+    backend = KERNELS["cudnn"]
+    sizes = {"heads": heads, "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "device": "cuda"}
+    assert backend.forward_alone is not None
+    for lengths in ((130, 1, 517, 64), (0, 300, 0), (2000,), (3,) * 300):
+        case = make_case(lengths, tail=5, fill=0.0, tails_unread=True, **sizes)
+        layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+        layout = layout._replace(cu_seq_k=layout.cu_seq_q)
+        operands = [x.detach() for x in case.operands[:3]]
+        reason = backend.supports(Problem.of(*operands, layout, rule))
+        if reason is not None:
+            pytest.skip(reason)
+        if stays:
+            kept.never_written(layout.cu_seq_q)
+        layers = [[torch.randn_like(x) for x in operands] for _ in range(4)]
+        found = [backend.forward_alone(*layer, layout, rule) for layer in layers]
+        for layer, out in zip(layers, found, strict=True):
+            expected = backend.forward(*layer, layout, rule)[0]
+            assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
 
 
 # --- cuDNN: gradients into one tensor for query, key and value -------------------------------------------------------

@@ -87,6 +87,23 @@ def test_sites_do_what_the_operators_do(data: dict[str, Tensor]) -> None:
                 assert torch.equal(actual, expected)
 
 
+def test_a_site_of_the_first_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backend that can give it alone, and of one that gives all."""
+    case = make_case((5, 9))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    expected = attention.varlen_attn(*operands)[0]
+    assert torch.equal(direct.site("forward", alone=True, kernels="auto")(*operands)[0], expected)
+    alone = dataclasses.replace(cpu.BACKEND, forward_alone=lambda *args: cpu.BACKEND.forward(*args)[0])
+    monkeypatch.setattr(backends, "BACKENDS", (alone, math.BACKEND))
+    backends.choose.cache_clear()
+    try:
+        (out,) = direct.site("forward", alone=True, kernels="auto")(*operands)
+        assert len(direct.site("forward", kernels="auto")(*operands)) == 3
+    finally:
+        backends.choose.cache_clear()
+    assert torch.equal(out, expected)
+
+
 def test_a_site_looks_again_when_bounds_change() -> None:
     attend = direct.site("forward", kernels="auto")
     for lengths in ((5, 9), (3, 2), (1030,)):
@@ -179,6 +196,23 @@ def test_a_site_where_only_the_number_of_tokens_is_open() -> None:
     assert sites(code)[0] == "'forward', window_right=0, kernels='auto'"
     for case, out in zip((first, second), outs):
         assert torch.allclose(out, attend(*case.operands[:4]), atol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["out", "lse", "both"])
+def test_code_says_which_results_it_reads(read: str) -> None:
+    case = make_case((5, 9))
+    operands = [x.detach() for x in case.operands[:3]]
+
+    def results(query: Tensor, key: Tensor, value: Tensor, cu_seq: Tensor) -> list[Tensor]:
+        aux = varlen_inductor.AuxRequest(lse=True)
+        out, lse = varlen_inductor.varlen_attn(query, key, value, cu_seq, cu_seq, 16, 16, return_aux=aux)
+        return {"out": [out.cos()], "lse": [lse.cos()], "both": [out, lse]}[read]
+
+    compiled = torch.compile(results, fullgraph=True, dynamic=False)
+    found, code = run_and_get_code(compiled, *operands, case.cu_seq_q)
+    assert sites(code) == ["'forward', kernels='auto'" + (", alone=True" if read == "out" else "")]
+    for actual, expected in zip(found, results(*operands, case.cu_seq_q)):
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_scale_of_zero_is_a_scale() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from helpers import run_python
 from varlen_inductor import config, nested, runtime
 from varlen_inductor.lowering.quick_launches import FIRST
+from varlen_inductor.ops import backends
 from varlen_inductor.ops import packing as packing_ops
+from varlen_inductor.ops.backends import cpu, kept
+from varlen_inductor.ops.problem import Layout, Rule
 from varlen_inductor.patterns import wanted
 
 Batches = Sequence[dict[str, Tensor]]
@@ -552,6 +556,37 @@ def test_replayed_graphs_ask_for_the_fastest_kernel(cuda_graphs: bool, kernels: 
     result.square().sum().backward()
     assert steps() == (1, 0)
     assert sorted(asked) == [("varlen_attn", expected)] * 2 + [("varlen_attn_backward", expected)] * 2
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_layers_know_that_offsets_stay(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one layer of a step finds out, the next may use, and no other step; never in the memory of CUDA graphs."""
+    asked: list[Any] = []
+
+    def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+        asked.append(kept.with_tensor(layout.cu_seq_q))
+        return cpu.BACKEND.forward(query, key, value, layout, rule)[0]
+
+    alone = dataclasses.replace(cpu.BACKEND, forward_alone=forward_alone)
+    monkeypatch.setattr(backends, "BACKENDS", tuple(alone if x is cpu.BACKEND else x for x in backends.BACKENDS))
+    backends.choose.cache_clear()
+    try:
+        model = Blocks(layers=2).eval()
+        with packing("inductor"), torch.no_grad():
+            compiled = compile_(model, options={"triton.cudagraphs": cuda_graphs})
+            for lengths in (*LENGTHS, LENGTHS[0]):
+                batch = feature_batch(lengths)
+                assert_rows_close(compiled(**batch), model(**batch), batch["attention_mask"], 2e-5)
+    finally:
+        backends.choose.cache_clear()
+    assert steps() == (3, 0)
+    assert len(asked) == 6
+    if cuda_graphs:
+        assert asked == [None] * 6
+    else:
+        first, second = asked[::2], asked[1::2]
+        assert all(x is not None and x is y for x, y in zip(first, second, strict=True))
+        assert len({id(x) for x in first}) == 3
 
 
 def test_other_threads_do_not_see_what_a_graph_wants() -> None:

@@ -23,7 +23,7 @@ from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.attention import split_arguments
-from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows, launch
+from varlen_inductor.ops.backends import cudnn, cudnn_plan, cudnn_rows, kept, launch
 from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Key
 from varlen_inductor.ops.packing import plan_in_place
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -45,7 +45,7 @@ class StandIn:
 
     def __init__(self, key: Key) -> None:
         self.key, self.number = key, next(self._numbers)
-        self.names = cudnn_plan.BACKWARD if key.backward else cudnn_plan.FORWARD
+        self.names = cudnn_plan.names_of(key)
         self.layouts = cudnn_plan.layouts_of(key)
         self.token_strides = tuple(self.layouts[name][1][2] for name in self.names)
         self.most_rows = 10**6
@@ -96,7 +96,8 @@ class StandIn:
 
     def _forward(self, part: dict[str, Tensor]) -> None:
         scores, _ = self._scores(part)
-        part["stats"].copy_(scores.logsumexp(2, keepdim=True))
+        if self.key.stats:
+            part["stats"].copy_(scores.logsumexp(2, keepdim=True))
         value = part["v"].repeat_interleave(part["q"].shape[0] // part["v"].shape[0], 0)
         part["o"].copy_(scores.softmax(2) @ value)  # NaN where no key is seen
 
@@ -237,6 +238,84 @@ def test_gradients_of_one_head_into_tensors_that_are_there() -> None:
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
+# --- the first result alone ------------------------------------------------------------------------------------------
+
+
+def packed_operands(lengths: tuple[int, ...], **options: Any) -> tuple[list[Tensor], Layout, Rule]:
+    """As a packed graph calls its kernels: one tensor of offsets for both sides, and rows behind them that nobody reads."""
+    case = make_case(lengths, heads=(4, 2), dims=(8, 16), tail=3, fill=0.0, tails_unread=True, **options)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    return [x.detach() for x in case.operands[:3]], layout._replace(cu_seq_k=layout.cu_seq_q), rule
+
+
+@pytest.fixture
+def placed(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The plans for which it was written down where sequences lie, and how many numbers of stats each had."""
+    calls: list[tuple[int, int]] = []
+    place = cudnn_rows.place
+
+    def noted(plan: Any, layout: Layout, like: Tensor, stats: int, stream: int) -> Any:
+        calls.append((plan.number, stats))
+        return place(plan, layout, like, stats, STREAM)
+
+    monkeypatch.setattr(cudnn_rows, "place", noted)
+    monkeypatch.setattr(cudnn, "place", noted)
+    return calls
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (0, 7, 0, 3), (4,)], ids=str)
+def test_the_first_result_alone(lengths: tuple[int, ...], window: str) -> None:
+    operands, layout, rule = packed_operands(lengths, window=WINDOWS[window])
+    expected = cudnn.forward(*operands, layout, rule)[0]
+    for offsets in (layout.cu_seq_q, layout.cu_seq_q.clone()):
+        kept.never_written(offsets)
+        for _ in range(2):
+            out = cudnn.forward_alone(*operands, layout._replace(cu_seq_q=offsets, cu_seq_k=offsets), rule)
+            assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
+
+
+def test_layers_share_where_sequences_lie(placed: list[tuple[int, int]]) -> None:
+    operands, layout, rule = packed_operands((5, 1, 9))
+    for _ in range(2):
+        cudnn.forward_alone(*operands, layout, rule)
+    assert placed == [placed[0]] * 2, "these offsets may have changed"
+    placed.clear()
+    kept.never_written(layout.cu_seq_q)
+    for _ in range(3):
+        cudnn.forward_alone(*operands, layout, rule)
+    assert len(placed) == 1
+    cudnn.forward_alone(*operands, layout, rule._replace(scale=rule.scale * 2))
+    assert len(placed) == 2, "another plan may have other strides"
+    for stream in (STREAM + 1, STREAM):
+        cudnn_rows.place_once(StandIn(key_for((5, 1, 9))._replace(stats=False)), layout, stream)  # type: ignore[arg-type]
+    assert len(placed) == 4, "what is on another stream may not be there yet"
+    cudnn.forward(*operands, layout, rule)
+    assert placed[-1][1] == operands[0].shape[0] * 4, "stats of their own"
+
+
+def test_others_are_computed_as_ever(placed: list[tuple[int, int]]) -> None:
+    """What may have queries without keys, rows to be zeroed, or more to give."""
+    operands, layout, rule = packed_operands((5, 1, 9))
+    kept.never_written(layout.cu_seq_q)
+    used = torch.tensor([2, 1, 0], dtype=torch.int32)
+    for other in (
+        layout._replace(cu_seq_k=layout.cu_seq_q.clone()),
+        layout._replace(seqused_k=used),
+        layout._replace(tails_unread=False),
+    ):
+        out = cudnn.forward_alone(*operands, other, rule)
+        assert torch.equal(out[:15], cudnn.forward(*operands, other, rule)[0][:15])
+    for scale in (0.0, -0.5):
+        out = cudnn.forward_alone(*operands, layout, rule._replace(scale=scale))
+        assert torch.equal(out[:15], cudnn.forward(*operands, layout, rule._replace(scale=scale))[0][:15])
+    assert [stats for _, stats in placed] == [18 * 4] * 10
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
 def key_for(lengths: tuple[int, ...], tail: int = 0, max_q: int = 100, square: bool = True, backward: bool = False) -> Key:
     case = make_case(lengths, heads=(4, 2), tail=tail)
     offsets = case.cu_seq_q, case.cu_seq_q if square else case.cu_seq_k
@@ -310,7 +389,7 @@ def check_places() -> None:
             lse[1, 3] = math.inf
             assert torch.equal(memory(places.stats, 280, torch.float32).view(70, 4), lse.t())
         else:
-            places = cudnn_rows.place(plan, layout, torch.empty(4, 70), STREAM)
+            places = cudnn_rows.place(plan, layout, ends_q, 280, STREAM)
         assert all(pointer % 16 == 0 for pointer in (*places.pointers, places.stats, places.workspace))
         assert places.workspace + WORKSPACE <= min(places.pointers)
         dtype = torch.int64 if wide else torch.int32
@@ -340,7 +419,7 @@ def check_finish() -> None:
         rule = Rule(1.0, window_right=right)
         key = Key(True, ends_q.device, torch.float32, 4, 256, 128, 3, 1, 8, 16, strides, False, False, rule)
         plan: Any = StandIn(key)
-        places = cudnn_rows.place(plan, layout, torch.empty(3, 160), STREAM)
+        places = cudnn_rows.place(plan, layout, ends_q, 480, STREAM)
         stats = cudnn_rows.stats_of(plan, places, 160).copy_(torch.randn(160, 3))
         out, lse = torch.ones(160, 3, 16), torch.empty(3, 160)
         cudnn_rows.finish_forward(plan, layout, places, out, lse, STREAM)
@@ -383,10 +462,10 @@ def test_later_launches_get_the_same_as_the_first(has_used: bool, monkeypatch: p
     for backward in (False, True):
         strides = ((32, 8, 1), (16, 8, 1), (16, 8, 1), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1))[: 7 if backward else 3]
         plans.append(StandIn(Key(backward, ends.device, torch.float32, 2, 128, 128, 4, 2, 8, 8, strides, False, False, Rule(1.0))))
-    memory = {plan: cudnn_rows._new_places(plan, lse) for plan in plans}
-    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, lse: memory[plan])
+    memory = {plan: cudnn_rows._new_places(plan, lse, lse.numel()) for plan in plans}
+    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, like, stats: memory[plan])
     for _ in range(2):
-        places = cudnn_rows.place(plans[0], layout, lse, STREAM)
+        places = cudnn_rows.place(plans[0], layout, lse, lse.numel(), STREAM)
         cudnn_rows.finish_forward(plans[0], layout, places, query, lse, STREAM)
         cudnn_rows.place_backward(plans[1], layout, lse, STREAM)
     assert [name for name, *_ in log] == ["place", "finish_forward", "place_backward"] * 2

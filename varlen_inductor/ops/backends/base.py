@@ -12,6 +12,9 @@ from varlen_inductor.ops.problem import Layout, Problem, Rule
 Forward = Callable[[Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]]
 """``(query, key, value, layout, rule) -> (out, lse, rng_state)``; what each must hold is said at the operator."""
 
+ForwardAlone = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
+"""``(query, key, value, layout, rule) -> out``: as ``Forward``, where nobody reads lse and nothing is dropped."""
+
 ForwardInto = Callable[[Tensor, Tensor, Tensor, Tensor, Layout, Rule], Tensor]
 """``(out, query, key, value, layout, rule) -> lse``. ``out`` (T_q, H, D_v) has its last dim contiguous."""
 
@@ -48,6 +51,8 @@ class Backend:
     """As ``forward``, into a tensor that is there; ``None`` if the backend cannot."""
     backward_into: BackwardInto | None = None
     """As ``backward``, into tensors that are there; ``None`` if the backend cannot."""
+    forward_alone: ForwardAlone | None = None
+    """As ``forward`` without what else it gives; ``None`` if that saves the backend nothing."""
     reads_lengths: bool = False
     """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""
 

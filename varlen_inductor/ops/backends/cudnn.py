@@ -17,7 +17,7 @@ from torch import Tensor
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
-from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward
+from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward, place_once
 from varlen_inductor.ops.backends.flash_common import contiguous, positive_scale, through_lse
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
@@ -89,11 +89,35 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     lse = empty(query, heads, tokens, dtype=torch.float32)
     rng_state = empty(query, 0, dtype=torch.uint64) if rule.dropout_p == 0.0 else _new_rng_state(query)
     stream = _compat_operators.current_stream_pointer(index)
-    places = place(plan, layout, lse, stream)
+    places = place(plan, layout, lse, lse.numel(), stream)
     pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
     plan.run(index, stream, pointers, places.workspace)
     finish_forward(plan, layout, places, out, lse, stream)
     return out, lse, rng_state
+
+
+def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """The first result of ``forward``; see ``ForwardAlone``.
+
+    In a packed graph it is one launch: cuDNN writes no lse that must be turned, every query sees its own key, and layers share what
+    says where sequences lie.
+    """
+    index = query.get_device()
+    offsets = layout.cu_seq_q
+    packed = offsets is layout.cu_seq_k and offsets.is_contiguous() and layout.seqused_k is None and layout.tails_unread
+    usual = packed and rule.scale > 0.0 and rule.dropout_p == 0.0
+    if not usual or index != _compat_operators.current_device_index():
+        return forward(query, key, value, layout, rule)[0]
+    query, strides_q, at_q = _readable(query)
+    key, strides_k, at_k = _readable(key)
+    value, strides_v, at_v = _readable(value)
+    plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule, stats=False)
+    tokens, heads, _ = query.shape
+    out = empty(query, tokens, heads, value.shape[2])
+    stream = _compat_operators.current_stream_pointer(index)
+    places = place_once(plan, layout, stream)
+    plan.run(index, stream, (at_q, at_k, at_v, out.data_ptr(), *places.pointers), places.workspace)
+    return out
 
 
 def backward(
@@ -184,7 +208,14 @@ _MOST_KNOWN = 4096
 
 
 def plan_of(
-    backward: bool, query: Tensor, key: Tensor, value: Tensor, strides: tuple[tuple[int, ...], ...], layout: Layout, rule: Rule
+    backward: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    strides: tuple[tuple[int, ...], ...],
+    layout: Layout,
+    rule: Rule,
+    stats: bool = True,
 ) -> Plan:
     """The plan that these operands need, found without working out its key where they were seen before.
 
@@ -196,10 +227,10 @@ def plan_of(
     cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, *_ = layout
     square = seqused_k is None and (cu_seq_q is cu_seq_k or cu_seq_q.data_ptr() == cu_seq_k.data_ptr())
     sizes = (heads, heads_k, dim, dim_v, cu_seq_q.shape[0], max_q, max_k, square)
-    known = (backward, query.get_device(), query.dtype, sizes, strides, rule)
+    known = (backward, query.get_device(), query.dtype, sizes, strides, rule, stats)
     plan = _known.get(known)
     if plan is None or max(tokens, keys) > plan.most_rows:
-        plan = plan_for(key_of(backward, query, key, value, strides, layout, rule))
+        plan = plan_for(key_of(backward, query, key, value, strides, layout, rule)._replace(stats=stats))
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         if not plan.key.wide:
@@ -262,4 +293,4 @@ def _random_pointers(rng_state: Tensor, rule: Rule) -> tuple[int, ...]:
     return rng_state.data_ptr(), rng_state.data_ptr() + 8
 
 
-BACKEND = Backend("cudnn", supports, forward, backward, backward_into=backward_into)
+BACKEND = Backend("cudnn", supports, forward, backward, backward_into=backward_into, forward_alone=forward_alone)

@@ -18,6 +18,7 @@ from varlen_inductor import _compat_operators
 from varlen_inductor.ops.problem import UNBOUNDED, Rule
 
 FORWARD = ("q", "k", "v", "o", "stats")
+FORWARD_ALONE = FORWARD[:4]
 BACKWARD = ("q", "k", "v", "o", "stats", "g", "dq", "dk", "dv")
 """The tensors of a graph, in the order of their pointers. Then come, in the same order, the offsets of each; then the lengths
 of query and key, and for dropout the seed and the offset of the random numbers."""
@@ -51,6 +52,8 @@ class Key(NamedTuple):
     """Whether offsets need 64 bits."""
     rule: Rule
     deterministic: bool = False
+    stats: bool = True
+    """Whether a forward writes them."""
 
 
 class Scratch(NamedTuple):
@@ -79,10 +82,12 @@ def scratch_of(key: Key, token_strides: tuple[int, ...], workspace_size: int) ->
     step = 2 * row if key.wide else row
     lengths = -(-workspace_size // 16) * 16
     offsets = lengths + 2 * row
-    stats = offsets + len(token_strides) * step
+    # The kernel that writes offsets writes those of stats, too, where there are none.
+    stats = offsets + max(len(token_strides), len(FORWARD)) * step
     padding = (0,) * (len(BACKWARD) - len(token_strides))
     arguments = (key.sequences, pitch, lengths // 4, *token_strides, *padding, key.wide)
-    return Scratch(pitch, lengths, (*range(offsets, stats, step), lengths, lengths + row), stats, arguments)
+    pointers = (*range(offsets, offsets + len(token_strides) * step, step), lengths, lengths + row)
+    return Scratch(pitch, lengths, pointers, stats, arguments)
 
 
 class Plan:
@@ -91,7 +96,7 @@ class Plan:
     Attributes:
         key: what it is for.
         number: tells plans apart in the keys of other caches.
-        names: the tensors that have rows, ``FORWARD`` or ``BACKWARD``.
+        names: the tensors that have rows, ``FORWARD``, ``FORWARD_ALONE`` or ``BACKWARD``.
         token_strides: elements from one row to the next, for each of ``names``.
         most_rows: with more rows an offset may not fit.
         scratch: the memory that a run needs, the workspace among it.
@@ -101,7 +106,7 @@ class Plan:
 
     def __init__(self, key: Key) -> None:
         self.key, self.number = key, next(Plan._numbers)
-        self.names = BACKWARD if key.backward else FORWARD
+        self.names = names_of(key)
         layouts = layouts_of(key)
         self.token_strides = tuple(layouts[name][1][2] for name in self.names)
         self.most_rows = (2**63 if key.wide else 2**31) // max(self.token_strides) - 1
@@ -184,6 +189,13 @@ def _handle(index: int, stream: int) -> int:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
+def names_of(key: Key) -> tuple[str, ...]:
+    """The tensors of the graph."""
+    if key.backward:
+        return BACKWARD
+    return FORWARD if key.stats else FORWARD_ALONE
+
+
 def layouts_of(key: Key) -> dict[str, tuple[list[int], list[int]]]:
     """Sizes and strides (sequence, head, row, element) of each tensor.
 
@@ -236,8 +248,8 @@ def _build(key: Key, layouts: dict[str, tuple[list[int], list[int]]], names: tup
         results = graph.sdpa_backward(**inputs, dO=operand("g"), use_deterministic_algorithm=key.deterministic, **options)
     else:
         inputs = {name: operand(name) for name in ("q", "k", "v")}
-        results = graph.sdpa(**inputs, generate_stats=True, **options)
-    for name, result in zip(("dq", "dk", "dv") if key.backward else ("o", "stats"), results, strict=True):
+        results = graph.sdpa(**inputs, generate_stats=key.stats, **options)[: 1 + key.stats]
+    for name, result in zip(names[-3:] if key.backward else names[3:], results, strict=True):
         size, stride = layouts[name]
         result.set_output(True).set_uid(names.index(name) + 1).set_dim(size).set_stride(stride)
         result.set_data_type(types.FLOAT if name == "stats" else data).set_ragged_offset(offsets[name])

@@ -4,9 +4,9 @@ cuDNN wants the offset of each sequence in elements, for each tensor, and its nu
 heads of a row side by side, (T, H), and nothing to rows outside of its sequences. A sequence without queries or without keys is
 given to it as one with neither. Without Triton, PyTorch operations do the same.
 
-Each call writes its offsets anew, though layers share them. That a tensor still holds what it held cannot be told: generated
-kernels and replayed CUDA graphs write to one and leave its version alone. And lse is turned, though our own backward would read
-it as cuDNN wrote it: another kernel's may come instead.
+Most calls write their offsets anew, though layers share them. That a tensor still holds what it held cannot be told: generated
+kernels and replayed CUDA graphs write to one and leave its version alone. Only of offsets that we made ourselves is it known
+(`kept`). And lse is turned, though our own backward would read it as cuDNN wrote it: another kernel's may come instead.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varlen_inductor.ops.backends import kept
 from varlen_inductor.ops.backends.cudnn_plan import OF_QUERIES, Plan
 from varlen_inductor.ops.backends.launch import Launcher, kind
 from varlen_inductor.ops.backends.memory import empty
@@ -50,10 +51,16 @@ class Places(NamedTuple):
     """Of the offsets of each tensor in the plan's order, then of the numbers of queries and of keys."""
 
 
-def place(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
-    """Write down where the sequences lie, for a forward that writes ``lse`` (H, T). ``stream`` is the current one, as a number."""
-    places = _new_places(plan, lse)
-    if not _with_triton(lse):
+def place(plan: Plan, layout: Layout, like: Tensor, stats: int, stream: int) -> Places:
+    """Write down where the sequences lie, for a forward.
+
+    Args:
+        like: on the device of the operands.
+        stats: how many numbers of them the forward writes.
+        stream: the current one, as a number.
+    """
+    places = _new_places(plan, like, stats)
+    if not _with_triton(like):
         _place(plan, layout, places)
         return places
     has_used = layout.seqused_k is not None
@@ -65,13 +72,29 @@ def place(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
     return places
 
 
+def place_once(plan: Plan, layout: Layout, stream: int) -> Places:
+    """The same for forwards without stats on one stream, with the same offsets for queries and keys: once for all that share them.
+
+    They share the workspace, too: no one of them begins before the one before it has ended.
+    """
+    offsets = layout.cu_seq_q
+    memory = kept.with_tensor(offsets)
+    if memory is None:
+        return place(plan, layout, offsets, 0, stream)
+    key = ("cudnn", plan.number, stream)
+    places: Places | None = memory.get(key)
+    if places is None:
+        places = memory[key] = place(plan, layout, offsets, 0, stream)
+    return places
+
+
 def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
     """The same for a backward; also stats (T, H): lse (H, T), but +inf for a query that sees no key.
 
     Every weight is computed as exp(score - lse), so with +inf there is none, whatever became of the scores.
     """
     heads, tokens = lse.shape
-    places = _new_places(plan, lse)
+    places = _new_places(plan, lse, lse.numel())
     if not _with_triton(lse):
         _place(plan, layout, places)
         stats_of(plan, places, tokens).copy_(lse.masked_fill(lse == -math.inf, math.inf).t())
@@ -163,10 +186,10 @@ def _addresses(layout: Layout) -> tuple[int, int, int]:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _new_places(plan: Plan, lse: Tensor) -> Places:
+def _new_places(plan: Plan, like: Tensor, stats: int) -> Places:
     """Uninitialized."""
     scratch = plan.scratch
-    buffer = empty(lse, scratch.stats // 4 + lse.numel())
+    buffer = empty(like, scratch.stats // 4 + stats, dtype=torch.float32)
     start = buffer.data_ptr()
     return Places(buffer, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
 
@@ -180,7 +203,7 @@ def _place(plan: Plan, layout: Layout, places: Places) -> None:
     lengths[0, : queries.shape[0]] = queries
     lengths[1, : keys.shape[0]] = keys
     offsets = buffer[start + 2 * pitch : stop].view(torch.int64 if plan.key.wide else torch.int32).view(-1, pitch)
-    for row, name, stride in zip(offsets, plan.names, plan.token_strides, strict=True):
+    for row, name, stride in zip(offsets[: len(plan.names)], plan.names, plan.token_strides, strict=True):
         ends = (layout.cu_seq_q if name in OF_QUERIES else layout.cu_seq_k).to(row.dtype) * stride
         row.copy_(torch.cat((ends, ends[-1:].expand(pitch - ends.shape[0]))))
 

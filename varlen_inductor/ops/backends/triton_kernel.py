@@ -530,4 +530,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward, forward_into, backward_into)
+BACKEND = Backend("triton", supports, forward, backward, forward_into=forward_into, backward_into=backward_into)
