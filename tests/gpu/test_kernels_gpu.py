@@ -190,31 +190,32 @@ def test_joined_gradients(heads: tuple[int, int], tails_unread: bool, kernels: s
         assert_close(actual[:rows], expected[:rows], torch.bfloat16, "joined gradients", factor=2.0)
 
 
-# --- cuDNN: the first result alone -----------------------------------------------------------------------------------
+# --- the first result alone ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "triton"])
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("stays", [False, True])
-def test_cudnn_gives_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str) -> None:
-    """Bit by bit that of a forward; with offsets that stay as they are, several at once share memory."""
-    backend = KERNELS["cudnn"]
+def test_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str, backend: str) -> None:
+    """Bit by bit that of a forward; with offsets that stay as they are, calls of cuDNN share memory."""
+    kernels = KERNELS[backend]
     sizes = {"heads": heads, "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "device": "cuda"}
-    assert backend.forward_alone is not None
+    assert kernels.forward_alone is not None
     for lengths in ((130, 1, 517, 64), (0, 300, 0), (2000,), (3,) * 300):
         case = make_case(lengths, tail=5, fill=0.0, tails_unread=True, **sizes)
         layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
         layout = layout._replace(cu_seq_k=layout.cu_seq_q)
         operands = [x.detach() for x in case.operands[:3]]
-        reason = backend.supports(Problem.of(*operands, layout, rule))
+        reason = kernels.supports(Problem.of(*operands, layout, rule))
         if reason is not None:
             pytest.skip(reason)
         if stays:
             kept.never_written(layout.cu_seq_q)
         layers = [[torch.randn_like(x) for x in operands] for _ in range(4)]
-        found = [backend.forward_alone(*layer, layout, rule) for layer in layers]
+        found = [kernels.forward_alone(*layer, layout, rule) for layer in layers]
         for layer, out in zip(layers, found, strict=True):
-            expected = backend.forward(*layer, layout, rule)[0]
+            expected = kernels.forward(*layer, layout, rule)[0]
             assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
 
 

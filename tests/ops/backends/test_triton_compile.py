@@ -84,6 +84,9 @@ def test_attention(
         constants = {**flags, "PAGE": 0, **dict.fromkeys((*absent, *NO_PAGES))}
         result = compiled_for(kernel, dtype, dim, capability, constants, table)
         assert result.metadata.shared <= SHARED_MEMORY[capability]
+        if kernel == "forward" and "rng_state" in absent:
+            alone = compiled_for(kernel, dtype, dim, capability, {**constants, "lse": None}, table)
+            assert alone.metadata.shared <= result.metadata.shared
 
 
 def tables_of(capability: int, windowed: bool, dropout: bool) -> list[dict[tuple[int, int], triton_kernel.Tiles]]:

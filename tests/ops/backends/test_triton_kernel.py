@@ -22,6 +22,7 @@ from attention_cases import (
 from paged_cases import in_pages, strided_table
 from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops import backends
+from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import triton_kernel
 from varlen_inductor.ops.problem import Problem
 
@@ -198,6 +199,20 @@ def check_out() -> None:
             assert torch.equal(lse, expected_lse)
 
 
+def check_the_first_result_alone() -> None:
+    """Bit by bit that of a forward; also of dropout, for which one is called."""
+    small_blocks_on_the_cpu()
+    for options in ({}, {"window": (5, 0)}, {"scale": -0.5}, {"scale": 0.0}, {"softcap": 2.0}, {"dropout_p": 0.5}):
+        case = make_case((20, 0, 33), (7, 4, 40), heads=(2, 1), dims=(16, 8), tail=4, **options)
+        for each in (case, in_pages(case, page_size=4)) if "dropout_p" not in options else (case,):
+            layout, rule, _ = split_arguments(each.query, *each.operands[3:], **each.options)
+            operands = [x.detach() for x in each.operands[:3]]
+            torch.manual_seed(0)
+            expected = triton_kernel.forward(*operands, layout, rule)[0]
+            torch.manual_seed(0)
+            assert torch.equal(triton_kernel.forward_alone(*operands, layout, rule), expected)
+
+
 def check_gradients_in_memory_that_is_there() -> None:
     small_blocks_on_the_cpu()
     for heads, dims in (((2, 2), (16, 16)), ((4, 2), (8, 24)), ((3, 1), (40, 20))):
@@ -243,6 +258,7 @@ def check_batch() -> None:
         "check_offsets_beyond_32_bits",
         "check_wide_windows",
         "check_out",
+        "check_the_first_result_alone",
         "check_gradients_in_memory_that_is_there",
         "check_batch",
     ],

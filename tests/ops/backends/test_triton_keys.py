@@ -91,6 +91,8 @@ def test_keys(launches: list[Launch]) -> None:
     for _ in range(6000):
         query, key, value, layout, rule, gradient = some_call(draw)
         out, lse, rng_state = triton_kernel.forward(query, key, value, layout, rule)
+        if draw.random() < 0.3:
+            triton_kernel.forward_alone(query, key, value, layout, rule)
         gap = draw.choice([0, 3, 16])
         grads = tuple(rows_of(*x.shape, x.dtype, 0, gap) for x in (query, key, value))
         triton_kernel.backward_into(grads, gradient, out, lse, rng_state, query, key, value, layout, rule)

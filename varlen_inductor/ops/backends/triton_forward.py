@@ -176,8 +176,9 @@ def _attend(
         )  # fmt: skip
     acc = acc / (tl.where(total > 0.0, total, 1.0) * keep)[:, None]
     store_rows(out + q_start * stride_o, acc, rows, stride_o, q_len, DIM_V, BLOCK_DV)
-    result = tl.where(total > 0.0, (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    tl.store(lse + q_start + rows, result, mask=rows < q_len)
+    if lse is not None:
+        result = tl.where(total > 0.0, (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931471805599453, float("-inf"))
+        tl.store(lse + q_start + rows, result, mask=rows < q_len)
 
 
 @triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"])
@@ -232,17 +233,19 @@ def forward_kernel(
 
     ``scale`` includes log2(e) and is not negative. With ``inner`` scores are scale * tanh(inner * x). With ``block_table``, whose
     rows are ``stride_t`` apart, keys and values are in pages of PAGE rows, ``stride_kp`` and ``stride_vp`` apart, and ``cu_k`` is
-    not read. ``lse`` is (H, T_q); ``out`` has its last dim contiguous.
+    not read. ``lse`` is (H, T_q), or None; ``out`` has its last dim contiguous.
     """
     head, index = tl.program_id(1), tl.program_id(2)
     out += head.to(tl.int64) * stride_oh
-    lse += head.to(tl.int64) * rows_q
+    if lse is not None:
+        lse += head.to(tl.int64) * rows_q
     if index == sequences:
         end = tl.load(cu_q + sequences)
         zero_rows(out, stride_o, end, rows_q, DIM_V, BLOCK_DV, BLOCK_M)
-        for start in range(end + tl.program_id(0) * BLOCK_M, rows_q, tl.num_programs(0) * BLOCK_M):
-            behind = start + tl.arange(0, BLOCK_M)
-            tl.store(lse + behind, float("-inf"), mask=behind < rows_q)
+        if lse is not None:
+            for start in range(end + tl.program_id(0) * BLOCK_M, rows_q, tl.num_programs(0) * BLOCK_M):
+                behind = start + tl.arange(0, BLOCK_M)
+                tl.store(lse + behind, float("-inf"), mask=behind < rows_q)
     else:
         if block_table is None:
             table = None

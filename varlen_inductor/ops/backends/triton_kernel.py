@@ -122,15 +122,40 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every sequence; see ``Forward``. Reads keys in pages where they lie. Fills ``out`` if it is given."""
+    tokens, heads, _ = query.shape
+    if out is None:
+        out = empty(query, tokens, heads, value.shape[-1])
+    lse = empty(query, heads, tokens, dtype=torch.float32)
+    rng_state = _new_rng_state(query, rule)
+    _attend(out, lse, rng_state, query, key, value, layout, rule)
+    return out, lse, rng_state
+
+
+def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """Its first result; see ``ForwardAlone``. No lse is written."""
+    if rule.dropout_p > 0.0:
+        return forward(query, key, value, layout, rule)[0]
+    out = empty(query, query.shape[0], query.shape[1], value.shape[-1])
+    _attend(out, None, None, query, key, value, layout, rule)
+    return out
+
+
+def _attend(
+    out: Tensor,
+    lse: Tensor | None,
+    rng_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> None:
+    """Writes all of ``out`` and ``lse``. ``rng_state`` is read where something is dropped."""
     index = query.get_device()
     if index >= 0 and index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
-            return forward(query, key, value, layout, rule, out)
-    (tokens, heads, _), dim_v = query.shape, value.shape[-1]
-    if out is None:
-        out = empty(query, tokens, heads, dim_v)
-    lse = empty(query, heads, tokens, dtype=torch.float32)
-    rng_state = _new_rng_state(query, rule)
+            return _attend(out, lse, rng_state, query, key, value, layout, rule)
+    tokens, heads, _ = query.shape
     query, scale = _positive_scale(query, rule.scale)
     fixed = _fixed(index, query, key, value, layout, rule, scale)
     blocks = fixed.tiles.forward
@@ -156,7 +181,7 @@ def forward(
         page_size,
         **options,
     )
-    return out, lse, rng_state
+    return None
 
 
 def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -348,7 +373,7 @@ def _sequences(layout: Layout) -> int:
     return count
 
 
-def _data(layout: Layout, rule: Rule, rng_state: Tensor) -> tuple[Tensor | None, ...]:
+def _data(layout: Layout, rule: Rule, rng_state: Tensor | None) -> tuple[Tensor | None, ...]:
     """What tells a kernel where sequences lie and what is dropped."""
     seqused_k, position_q, position_k = layout.seqused_k, layout.position_q, layout.position_k
     if not rule.windowed:
@@ -359,7 +384,7 @@ def _data(layout: Layout, rule: Rule, rng_state: Tensor) -> tuple[Tensor | None,
         None if seqused_k is None else seqused_k.contiguous(),
         None if position_q is None else position_q.contiguous(),
         None if position_k is None else position_k.contiguous(),
-        rng_state.view(torch.int64) if rule.dropout_p > 0.0 else None,
+        None if rng_state is None or rule.dropout_p == 0.0 else rng_state.view(torch.int64),
     )
 
 
@@ -530,4 +555,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward, forward_into=forward_into, backward_into=backward_into)
+BACKEND = Backend("triton", supports, forward, backward, forward_into, backward_into, forward_alone)
