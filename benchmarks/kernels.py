@@ -24,7 +24,7 @@ from common import environment, median_ms, save
 from torch import Tensor
 
 from varlen_inductor.ops import packing
-from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.backends import BACKENDS, kept
 from varlen_inductor.ops.backends.measured import TABLE
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
@@ -95,10 +95,14 @@ def measure(shape: Shape) -> dict[str, Any]:
 def measure_hosts() -> dict[str, dict[str, float]]:
     """What a call takes the host, in microseconds, by backend and direction: of a problem whose kernels are over at once.
 
-    Also for a caller to whom rows behind the last sequence matter ("tails").
+    Also for a caller to whom rows behind the last sequence matter ("tails"), and for a packed graph in which nobody reads lse, as
+    in inference ("alone").
     """
     (query, key, value, gradient), unread, rule = operands(Shape(64, 128), tokens=512)
     problem = Problem.of(query, key, value, unread, rule)
+    offsets = unread.cu_seq_q.clone()
+    kept.never_written(offsets)
+    as_packed = unread._replace(cu_seq_q=offsets, cu_seq_k=offsets)
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for backend in BACKENDS:
         if backend.name == "math" or backend.supports(problem) is not None:
@@ -108,6 +112,8 @@ def measure_hosts() -> dict[str, dict[str, float]]:
             backward = partial(backend.backward, gradient, None, *forward(), query, key, value, layout, rule)
             backward()
             calls |= {(backend.name, f"forward{suffix}"): forward, (backend.name, f"backward{suffix}"): backward}
+        if backend.forward_alone is not None:
+            calls[backend.name, "forward, alone"] = partial(backend.forward_alone, query, key, value, as_packed, rule)
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     # In turns, and the least of all: whatever else a host does makes a call longer, and does so for a while.
     for _ in range(12):
@@ -157,8 +163,8 @@ def write(rows: list[dict[str, Any]], hosts: dict[str, dict[str, float]]) -> Non
     """Make the rows those of this compute capability in the package's table."""
     table = json.loads(TABLE.read_text())
     major, minor = torch.cuda.get_device_capability()
-    kept = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
-    table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "host_us": hosts, "rows": kept}
+    named = [{name: value for name, value in row.items() if name not in ("refused", "tokens")} for row in rows]
+    table["devices"][f"{major}.{minor}"] = {"measured": environment("cuda"), "host_us": hosts, "rows": named}
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
