@@ -78,7 +78,7 @@ def site(function: Literal["forward", "backward", "backward_joined"], alone: boo
     row, key row and sequence. ``kernels`` must be among the options.
 
     Args:
-        alone: of the results only the first is looked at, and there need not be more.
+        alone: of a forward's results only the first is looked at, and there need not be more.
     """
     if function == "forward":
         return _forward_site(options, _first_of if alone else attrgetter("forward"))

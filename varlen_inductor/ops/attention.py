@@ -29,7 +29,8 @@ Schema of ``varlen_attn``::
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0
 
 Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
-outside of every sequence hold shows nowhere, but for ``tails_unread``.
+outside of every sequence hold shows nowhere, but for ``tails_unread``. (With one kernel, ``flash4``, NaN there can show in how the
+last sequences are rounded, unless algorithms must be deterministic.)
 """
 
 from __future__ import annotations

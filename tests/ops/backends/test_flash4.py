@@ -19,7 +19,7 @@ from attention_cases import LENGTHS, WINDOWS, check_against_reference, check_bac
 from triton_interpreter import interpret, needs_interpreter
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.attention import split_arguments
-from varlen_inductor.ops.backends import flash4, rows, tails
+from varlen_inductor.ops.backends import flash4, rows, tails, triton_kernel
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Note, Replay
 from varlen_inductor.ops.problem import Problem
@@ -242,6 +242,58 @@ def check_orders_in_turn() -> None:
         assert all(isinstance(note, Note) for note in notes())
 
 
+def check_repairs() -> None:
+    """Short forwards: nothing in front, and behind them what `test_repair` tests; against the reference, NaN behind the end."""
+    blocks = triton_kernel.Blocks(16, 16, 4, 1)
+    triton_kernel.OTHER.update(dict.fromkeys(triton_kernel.OTHER, triton_kernel.Tiles(blocks, blocks, blocks)))
+    with calls_of_the_forward() as (_, given, patch):
+        patch.setattr(flash4, "_repairable", lambda device: True)
+        for lengths, lengths_k in (((5, 0, 70, 7), None), ((3, 9, 2), (4, 0, 130)), ((6,), None)):
+            check_one(lengths, lengths_k)
+        assert [used for _, used, *_ in given] == [None] * len(given)
+        test_strided_operands()
+        torch.use_deterministic_algorithms(True)
+        check_one((5, 8, 6), (9, 9, 1))
+        torch.use_deterministic_algorithms(False)
+        assert given[-1][1] is not None, "values are hidden, and there is an order"
+
+
+def test_offsets_are_copied_before_a_repaired_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What repairs starts while what is in front of it ends, so that must be the attention."""
+    done: list[str] = []
+    run_, contiguous = flash4._run, flash4.contiguous
+    monkeypatch.setattr(flash4, "_repairable", lambda device: True)
+    monkeypatch.setattr(flash4, "_run", lambda *args: (done.append("attention"), run_(*args)))
+    monkeypatch.setattr(flash4, "contiguous", lambda layout: (done.append("copy"), contiguous(layout))[1])
+
+    def repair(out: Any, lse: Any, query: Any, key: Any, value: Any, layout: Any, rule: Any) -> None:
+        assert layout.cu_seq_q.is_contiguous() and layout.cu_seq_k.is_contiguous()
+        done.append("repair")
+
+    monkeypatch.setattr(triton_kernel, "repair_forward", repair)
+    case = make_case((5, 7), tail=2)
+    offsets = torch.stack([case.cu_seq_q, case.cu_seq_q], 1)[:, 0]
+    run(case._replace(cu_seq_q=offsets, cu_seq_k=offsets))
+    assert done == ["copy", "attention", "repair"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "expected"),
+    [
+        ((100,) * 4, (-1, -1), 400 * 100),
+        ((100, 50, 10), (-1, -1), 160 * (160 / 3 + 100) / 2),
+        ((100,) * 4, (-1, 0), 400 * 100 / 2),
+        ((100,) * 4, (10, 9), 400 * 20),
+        ((100,) * 4, (200, 9), 400 * 100),
+    ],
+)
+def test_work(lengths: tuple[int, ...], window: tuple[int, int], expected: float) -> None:
+    case = make_case(lengths, heads=(4, 2), dims=(8, 16), window=window)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    rows = sum(lengths)
+    assert flash4._work((rows, 4, 8, rows, 2, 16), layout, rule) == pytest.approx(2 * 4 * (8 + 16) * expected)
+
+
 def check_kernels() -> None:
     """The same with the Triton kernels around: rows are hidden in place, and put back by what finishes the results."""
     tails._with_triton = rows._with_triton = lambda x: True
@@ -257,6 +309,7 @@ def check_kernels() -> None:
         check_what_fails()
         check_the_longest_first()
         check_orders_in_turn()
+        check_repairs()
         for dims in ((32, 32), (32, 64)):
             for scale in (0.3, -0.5):
                 case = make_case((5, 0, 70), heads=(4, 2), dims=dims, window=(-1, 0), tail=3, scale=scale)

@@ -99,8 +99,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
 def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """The first result of ``forward``; see ``ForwardAlone``.
 
-    In a packed graph it is one launch: cuDNN writes no lse that must be turned, every query sees its own key, and layers share what
-    says where sequences lie.
+    In a packed graph it is one launch, but in the first layer: cuDNN writes no lse that must be turned, every query sees its own
+    key, and layers share what says where sequences lie.
     """
     index = query.get_device()
     offsets = layout.cu_seq_q

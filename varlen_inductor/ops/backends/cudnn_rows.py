@@ -75,7 +75,7 @@ def place(plan: Plan, layout: Layout, like: Tensor, stats: int, stream: int) -> 
 def place_once(plan: Plan, layout: Layout, stream: int) -> Places:
     """The same for forwards without stats on one stream, with the same offsets for queries and keys: once for all that share them.
 
-    They share the workspace, too: no one of them begins before the one before it has ended.
+    They share the workspace, too: no one of them begins before the one before it has ended. Both are there as long as the offsets.
     """
     offsets = layout.cu_seq_q
     memory = kept.with_tensor(offsets)

@@ -27,6 +27,9 @@ the backward asserts that heads are not shared, and such problems are refused), 
 sequences, a CUDA graph, and the deterministic backward. There a number of tokens compiled nothing, and calls were noted. Other
 releases were read and not run, and nothing was run on a device of compute capability 10.
 
+A kernel of ours behind a forward starts while that still ends, and reads the last offsets before it waits: they have been written
+by then, for the forward of Hopper does not itself start before what is in front of it has ended (read in 4.0.0b36).
+
 The compiled backward writes gradients in any strides that are multiples of 16 bytes, the last dim contiguous, and what it is
 compiled for says nothing of those strides: read in 4.0.0b36, and not run.
 """
@@ -59,10 +62,10 @@ MAX_HEAD_DIM_BLACKWELL = 128
 
 HEAD_DIMS = 32
 """Head dims are multiples of it. Others run, but dq came out wrong for 8, 40 and 72, and for 20 and 12 nothing was compiled."""
-LITTLE_WORK = 1e11
-"""Up to so many operations (0.2 ms of a H200) an order of sequences is hardly worth the kernel that finds it. Without that kernel
-nothing is hidden in front, and what the attention made of it is repaired behind: one small kernel, not two. What is computed anew
-is rounded as the Triton kernel rounds, so NaN behind the end shows in the last bits of others: not where algorithms must be
+LITTLE_WORK = 2.5e11
+"""Up to so many operations (some 0.5 ms of a H200) an order of sequences is hardly worth the kernel that finds it. Without that
+kernel nothing is hidden in front, and what the attention made of it is repaired behind: one small kernel, not two. What is computed
+anew is rounded as the Triton kernel rounds, so NaN behind the end shows in the last bits of others: not where algorithms must be
 deterministic."""
 MANY_SEQUENCES = 256
 """More of them are found in another way by the kernels."""
@@ -160,15 +163,19 @@ def _in_any_order(device: torch.device) -> bool:
 
 
 @cache
-def _repairs(device: torch.device) -> bool:
+def _repairable(device: torch.device) -> bool:
     """Not on Blackwell, where nothing of this was run."""
     return _in_any_order(device) and triton_kernel.supports_device(device) is None
 
 
 def _work(sizes: tuple[int, int, int, int, int, int], layout: Layout, rule: Rule) -> float:
-    """Operations of the products, if all sequences were of one length; with others there are more."""
+    """Operations of the products, about: lengths are known to the device only.
+
+    A query sees on average sum(n²) / sum(n) keys; between the mean and the largest of n, it is taken for their mean, which
+    for uniform lengths is 9/8 of it.
+    """
     rows, heads, dim, rows_k, _, dim_v = sizes
-    seen = rows_k / max(layout.cu_seq_q.shape[0] - 1, 1)
+    seen = (rows_k / max(layout.cu_seq_q.shape[0] - 1, 1) + min(layout.max_k, rows_k)) / 2
     if rule.causal:
         seen /= 2
     elif rule.window_left != UNBOUNDED and rule.window_right != UNBOUNDED:
@@ -202,9 +209,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     lse = empty(q, heads, rows, dtype=torch.float32)
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
-    elif _repairs(v.device) and _work(sizes, layout, rule) <= LITTLE_WORK and not torch.are_deterministic_algorithms_enabled():
+    elif _repairable(v.device) and _work(sizes, layout, rule) <= LITTLE_WORK and not torch.are_deterministic_algorithms_enabled():
+        layout = contiguous(layout)  # before the attention: the kernel behind it is started early, and reads the last offsets
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
-        triton_kernel.repair_forward(out, lse, q, k, v, contiguous(layout), rule)
+        triton_kernel.repair_forward(out, lse, q, k, v, layout, rule)
     else:
         hidden, order = hide_value(v, layout, _in_any_order(v.device))  # query and key need not be hidden: see above
         try:

@@ -307,7 +307,8 @@ def repair_kernel(
     """Grid: (any number, heads, 1). What a forward has left that reads up to REACH keys and values behind those of a sequence.
 
     Behind the last sequence ``out`` becomes zero and ``lse`` -inf. If ``value`` has NaN or infinity there, in reach, sequences that
-    reach them are computed anew. Every argument is as of `forward_kernel`.
+    reach them are computed anew. With EARLY the kernel starts while the one in front still ends. What `forward_kernel` has, too, is
+    as there.
     """
     head = tl.program_id(1)
     end_q, end_k = tl.load(cu_q + sequences), tl.load(cu_k + sequences)

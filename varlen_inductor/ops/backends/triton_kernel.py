@@ -20,6 +20,7 @@ from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.launch import Launcher, starts_early
 from varlen_inductor.ops.backends.memory import empty
+from varlen_inductor.ops.backends.tails import REACH
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -27,10 +28,8 @@ _LOG2_E = math.log2(math.e)
 _WIDEST = 1 << 30
 MAX_SEQUENCES = 65534
 """The grid has a dimension for the sequences and one more; CUDA allows 65535."""
-REACH = 256
-"""So many rows behind a sequence at most are read by another's kernel."""
 REPAIRERS = 8
-"""So many programs for each head repair a forward; all heads together are fewer than a device runs at once."""
+"""So many programs for each head repair a forward: few, for usually they find nothing to do."""
 DELTA_ROWS = 64
 """So many queries at once are prepared for the backward."""
 
@@ -207,16 +206,17 @@ def repair_forward(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: 
         with torch.cuda.device(index):
             return repair_forward(out, lse, query, key, value, layout, rule)
     (rows, heads, _), rows_k = query.shape, key.shape[0]
-    kind = (index, query.dtype, heads, key.shape[1], query.shape[2], value.shape[2], rule)
-    fixed = _repairs.get(kind)
+    attention = (index, query.dtype, heads, key.shape[1], query.shape[2], value.shape[2], rule)
+    fixed = _known_repairs.get(attention)
     if fixed is None:
         table, dim = HOPPER_SHORT if _is_hopper(query.device) else OTHER, max(query.shape[2], value.shape[2])
         blocks = table[2, next(limit for limit in (64, 128, 256) if dim <= limit)].forward
         constants = (*_constants(query, key, value, rule, blocks, "tf32"), REACH, starts_early(index))
         options = {"num_warps": blocks.num_warps, "num_stages": 2, **({"launch_pdl": True} if starts_early(index) else {})}
-        if len(_repairs) >= _MOST_KNOWN:
-            _repairs.clear()
-        fixed = _repairs[kind] = (next(_numbering), _scales(rule.scale, rule), _numbers(rule, False)[2:], constants, options)
+        if len(_known_repairs) >= _MOST_KNOWN:
+            _known_repairs.clear()
+        numbers = _scales(rule.scale, rule), _numbers(rule, False)[2:]
+        fixed = _known_repairs[attention] = (next(_numbering), *numbers, constants, options)
     number, scales, window, constants, options = fixed
     tensors = (query, key, value, out, lse, layout.cu_seq_q, layout.cu_seq_k)
     addresses, kinds = _places(tensors)
@@ -471,7 +471,7 @@ class Fixed(NamedTuple):
 
 
 _known: dict[tuple[Any, ...], Fixed] = {}
-_repairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_known_repairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _numbering = itertools.count()
 _MOST_KNOWN = 4096
 
