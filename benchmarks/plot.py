@@ -24,18 +24,20 @@ def bars(
     import matplotlib.pyplot as plt
 
     variants = list(dict.fromkeys(variant for values in groups.values() for variant in values))
-    figure, axes = plt.subplots(figsize=(min(1.6 * len(groups) + 3.0, 20.0), 4.2))
+    inches = min(1.6 * len(groups) + 3.0, 20.0)
+    figure, axes = plt.subplots(figsize=(inches, 4.2))
     width = 0.8 / len(variants)
+    upright = 90 if width * inches / (len(groups) + 1) < 0.3 else 0  # where numbers would run into each other
     for i, variant in enumerate(variants):
         places = [g + (i - (len(variants) - 1) / 2) * width for g, values in enumerate(groups.values()) if variant in values]
         heights = [values[variant] for values in groups.values() if variant in values]
         drawn = axes.bar(places, heights, width * 0.94, label=variant)
-        axes.bar_label(drawn, fmt="%.2f", fontsize=7)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, rotation=upright, padding=2)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.set_ylabel(f"speed, {baseline} = 1")
     axes.set_title(f"{title}\n{environment['device']}, torch {environment['torch']}", fontsize=10)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.18)  # room for the legend
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend
     axes.legend(fontsize=7, ncols=2, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
