@@ -193,7 +193,7 @@ def test_joined_gradients(heads: tuple[int, int], tails_unread: bool, kernels: s
 # --- the first result alone ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "triton"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash4", "triton"])
 @pytest.mark.parametrize("window", ["full", "causal", "sliding"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("stays", [False, True])

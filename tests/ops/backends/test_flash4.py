@@ -322,6 +322,15 @@ def test_kernels() -> None:
     interpret("ops/backends/test_flash4", "check_kernels")
 
 
+def test_the_first_result_alone() -> None:
+    case = make_case((5, 0, 70), heads=(4, 2), window=(-1, 0), tail=3)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    operands = [x.detach() for x in case.operands[:3]]
+    for scale in (rule.scale, -0.5):
+        given = (*operands, layout, rule._replace(scale=scale))
+        assert torch.equal(flash4.forward_alone(*given), flash4.forward(*given)[0])
+
+
 def test_strided_operands() -> None:
     case = make_case((5, 7), tail=2)
     qkv = torch.stack([x.detach() for x in case.operands[:3]], 1)
