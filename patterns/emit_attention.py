@@ -193,6 +193,8 @@ class AttentionEmitter:
             kwargs["scale"] = attention.scale
         if windowed:
             kwargs.update(window_left=left, window_right=right)
+        if attention.softcap:
+            kwargs["softcap"] = attention.softcap
         if attention.dropout_p:
             kwargs["dropout_p"] = attention.dropout_p
         if keys.used is not None:

@@ -23,8 +23,9 @@ META_KEY = "varlen_attention"
 class Attention:
     """What an `attention_site` node computes, beyond its query, key and value arguments.
 
-    ``scale`` None means ``1/sqrt(head_dim)``. ``batch`` is the batch size, needed where batch and head are one dimension.
-    ``original`` is the node that was replaced; it stays in the graph without being used, in case the site is given up.
+    ``scale`` None means ``1/sqrt(head_dim)``; ``softcap`` is 0 where scores are not capped. ``batch`` is the batch size, needed
+    where batch and head are one dimension. ``original`` is the node that was replaced; it stays in the graph without being used, in
+    case the site is given up.
     """
 
     proof: MaskProof
@@ -32,6 +33,7 @@ class Attention:
     dropout_p: float
     batch: int | torch.SymInt
     original: fx.Node
+    softcap: float = 0.0
 
 
 def attention_site(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,8 @@ def insert_site(graph: fx.Graph, candidate: Candidate, proof: MaskProof) -> fx.N
         site = graph.call_function(attention_site, operands)
     site.meta = dict(original.meta)
     original.replace_all_uses_with(site)
-    site.meta[META_KEY] = Attention(proof, candidate.scale, candidate.dropout_p, candidate.layout.sizes["b"], original)
+    batch = candidate.layout.sizes["b"]
+    site.meta[META_KEY] = Attention(proof, candidate.scale, candidate.dropout_p, batch, original, candidate.softcap)
     return site
 
 

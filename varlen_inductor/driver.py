@@ -452,6 +452,7 @@ def _kernel(site: fx.Node, positions: bool, sites: Sites, in_place: bool) -> str
         window_left=attention.proof.window_left,
         window_right=attention.proof.window_right,
         dropout_p=attention.dropout_p,
+        softcap=attention.softcap,
         seqused_k=in_place,
         positions=positions,
         length=length_class(query.shape[-2]),

@@ -23,6 +23,7 @@ class Candidate:
         layout: how the dimensions of the scores, and so of the masks, relate to batch, head, query and key.  The masks
             may be laid out as (B, H, S_q, S_k) where query, key and value are folded.
         scale: factor on the scores; None for 1 / sqrt(D).
+        softcap: if above 0, scaled scores s become softcap * tanh(s / softcap) before they are masked.
         dropout_p: probability of dropping an attention weight; 0.0 when the graph does not drop any.
         is_causal: query i sees no key beyond i (both counted from the first), on top of `mask_ops`.
         spelling: "sdpa" (no valid key gives 0) or "decomposed" (it gives what softmax makes of it).
@@ -45,6 +46,7 @@ class Candidate:
     interior: tuple[fx.Node, ...]
     kv_groups: int
     score_dtype: torch.dtype
+    softcap: float = 0.0
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -65,7 +67,8 @@ class Candidate:
                 f"{self.spelling} {self.output} = attention({self.query}, {self.key}, {self.value})",
                 f"  sizes: {sizes}, kv_groups={self.kv_groups}{', folded' if self.folded else ''}",
                 f"  masks: {masks or 'none'}{', causal' if self.is_causal else ''} in {self.score_dtype}".replace("torch.", ""),
-                f"  scale: {'1/sqrt(d)' if self.scale is None else f'{self.scale:.6g}'}, dropout: {self.dropout_p:g}",
+                f"  scale: {'1/sqrt(d)' if self.scale is None else f'{self.scale:.6g}'}, dropout: {self.dropout_p:g}"
+                + (f", softcap: {self.softcap:.6g}" if self.softcap else ""),
                 f"  interior: {', '.join(n.name for n in self.interior)}",
             )
         )

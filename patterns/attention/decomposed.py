@@ -10,9 +10,9 @@
     %y = aten.matmul.default(%w, %v)
 
 The softmax is where the search begins: `weights` walks on to the second product, `scores` walks back to the first one.
-That covers `matmul`, `bmm`, `baddbmm` and `einsum`, the scale on queries, keys or scores, masks by `add`, `masked_fill` and
-`where` in any order, a softmax in float32, (B, H, S, D) and folded (B * H, S, D), and so HF's "eager" attention and
-`nn.MultiheadAttention(need_weights=True)`.
+That covers `matmul`, `bmm`, `baddbmm` and `einsum`, the scale on queries, keys or scores, a soft cap by `tanh`, masks by `add`,
+`masked_fill` and `where` in any order, a softmax in float32, (B, H, S, D) and folded (B * H, S, D), and so HF's "eager"
+attention and `nn.MultiheadAttention(need_weights=True)`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def _candidate(weights: Weights, scores: Scores, facts: Facts) -> Candidate:
         interior=interior_of(core, side, facts),
         kv_groups=kv_groups,
         score_dtype=next(iter(scores.dtypes)),
+        softcap=scores.softcap,
     )
 
 

@@ -2,6 +2,7 @@
 
 %s = matmul(%q, %kt)               the product, where the walk ends
 %s = mul(%s, 0.125)                scale
+%s = mul(tanh(div(%s, 50)), 50)    softcap
 %s = add(%s, %mask)                mask: add
 %s = masked_fill(%s, %c, -inf)     mask: fill
 %s = where(%c, %s, -1e9)           mask: where_keep
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +44,7 @@ class Scores:
         product: the matrix product.
         query, key_transposed: its factors.
         scale: factor on the product.
+        softcap: if above 0, the scaled product s becomes softcap * tanh(s / softcap), before any mask.
         factors: further factors, one value per row of queries, that are known only when the graph runs: nodes, and
             whether the product is divided by them.
         mask_ops: on the scaled scores, the innermost first.
@@ -54,6 +57,7 @@ class Scores:
     query: fx.Node
     key_transposed: fx.Node
     scale: float = 1.0
+    softcap: float = 0.0
     factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
     mask_ops: list[MaskOp] = field(default_factory=list)
     mask_shapes: list[tuple[object, ...]] = field(default_factory=list)
@@ -89,6 +93,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.scale = 1.0
+        self.softcap = 0.0
         self.factors: list[tuple[fx.Node, bool]] = []
         self.factor_ranks: set[int] = set()
         self.mask_ops: list[MaskOp] = []
@@ -111,6 +116,8 @@ class _Walk:
             return given["self"]  # type: ignore[no-any-return]
         if calls(node, aten.where):
             return self._chosen(node)
+        if calls(node, aten.tanh):
+            return self._capped(node)
         raise NotAttention(f"its scores go through {operator_name(node)} before the softmax")
 
     def finish(self, product: fx.Node) -> Scores:
@@ -123,6 +130,8 @@ class _Walk:
                     raise NotAttention("baddbmm scales its mask (beta)")
                 self._mask(product, self._add(bias))  # type: ignore[arg-type]
             self.scale *= given["alpha"]
+        if self.softcap:
+            self.scale *= self.softcap  # c * tanh(a * x) is c * tanh(s * x / c) with s = c * a
         if self.factor_ranks - {len(shape(product))}:
             raise NotAttention("its scores are scaled in another layout than that of its queries")
         if not self.dtypes:
@@ -134,6 +143,7 @@ class _Walk:
             query=query,  # type: ignore[arg-type]
             key_transposed=key_transposed,  # type: ignore[arg-type]
             scale=self.scale,
+            softcap=self.softcap,
             factors=self.factors,
             mask_ops=self.mask_ops[::-1],
             mask_shapes=self.mask_shapes[::-1],
@@ -170,6 +180,15 @@ class _Walk:
             raise NotAttention(f"its scores are multiplied with {factor}, which is no scale")
         return scores  # type: ignore[return-value]
 
+    def _capped(self, node: fx.Node) -> fx.Node:
+        """What was multiplied behind tanh is the cap; what is still to come is inside, where nothing but a scale may be."""
+        if self.softcap:
+            raise NotAttention("its scores go through tanh twice")
+        if self.factors or not 0.0 < self.scale < math.inf:
+            raise NotAttention("its scores are multiplied behind tanh with what is no positive number")
+        self.softcap, self.scale = self.scale, 1.0
+        return node.args[0]  # type: ignore[return-value]
+
     def _added(self, node: fx.Node) -> fx.Node:
         left, right = node.args[:2]
         if node.kwargs.get("alpha", 1) != 1:
@@ -178,6 +197,8 @@ class _Walk:
             raise NotAttention("its scores are the sum of two matrix products (a position bias computed from the queries)")
         scores, mask = (left, right) if comes_from_product(left) else (right, left)
         if not isinstance(mask, fx.Node):
+            if self.softcap:
+                raise NotAttention("a number is added to its scores before tanh")
             # A constant on all scores changes nothing.
             return scores  # type: ignore[return-value]
         self._mask(node, self._add(mask))
@@ -211,6 +232,8 @@ class _Walk:
         return value if number is None else float(number) * self.scale  # type: ignore[return-value]
 
     def _mask(self, node: fx.Node, op: MaskOp) -> None:
+        if self.softcap:
+            raise NotAttention("its scores are masked before tanh, which hides nothing")
         if self.cast_down:
             raise NotAttention("its scores are cast to a lower precision after they are masked")
         self.mask_ops.append(op)

@@ -43,6 +43,12 @@ def llama(name: str = "LlamaModel", attention: str = "sdpa") -> nn.Module:
     return make(name, transformers.LlamaConfig(num_key_value_heads=2, use_cache=False, **SIZES), attention)
 
 
+def gemma2() -> nn.Module:
+    """Its scores are capped, and every other layer sees a window."""
+    options = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "use_cache": False}
+    return make("Gemma2ForCausalLM", transformers.Gemma2Config(**SIZES, **options), "eager")
+
+
 def modernbert(attention: str = "sdpa") -> nn.Module:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     config = transformers.ModernBertConfig(local_attention=6, global_attn_every_n_layers=2, **SIZES, **special)
@@ -171,6 +177,13 @@ def test_modernbert_with_holes_runs_padded() -> None:
 def test_llama_fine_tuning(attention: str, train: bool) -> None:
     outcome = compare_with_eager(llama("LlamaForCausalLM", attention), labelled_batches(), train=train)
     assert (outcome.body.packed, outcome.body.padded) == (7 * LAYERS + 1, 0)
+
+
+@TRAIN
+def test_gemma2_fine_tuning(train: bool) -> None:
+    outcome = compare_with_eager(gemma2(), labelled_batches(), train=train)
+    assert outcome.body.packed
+    assert len(outcome.report.rewritten) == LAYERS
 
 
 def test_llama_hidden_states_with_any_padding() -> None:

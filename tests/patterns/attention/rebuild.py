@@ -57,14 +57,16 @@ def put_formula(gm: fx.GraphModule, candidate: Candidate) -> None:
 
 
 def formula_of(candidate: Candidate) -> Callable[..., Tensor]:
-    """softmax(scale * q k^T, masked) v, as the fields say it."""
-    scale, groups, layout = candidate.scale, candidate.kv_groups, candidate.layout
+    """softmax(scale * q k^T, capped, masked) v, as the fields say it."""
+    scale, groups, layout, softcap = candidate.scale, candidate.kv_groups, candidate.layout, candidate.softcap
     dropout_p, is_causal, sdpa = candidate.dropout_p, candidate.is_causal, candidate.spelling == "sdpa"
 
     def formula(query: Tensor, key: Tensor, value: Tensor, masks: list[tuple[str, Tensor, Any]]) -> Tensor:
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = torch.matmul(query, key.transpose(-2, -1)) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         shape = scores.shape
         # Only how the dimensions are put together, not the sizes: those may be symbols of the graph.
         if len(layout.dims) == 4 and scores.dim() == 3:

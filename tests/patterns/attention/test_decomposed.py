@@ -113,6 +113,27 @@ def no_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.mT), -1), v)
 
 
+def soft_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """As in Gemma 2."""
+    scores = torch.tanh(torch.matmul(q, k.mT) * 0.5 / 30.0) * 30.0
+    return torch.matmul(torch.softmax(scores + (~valid[:, None, None]).float() * LOWEST, -1), v)
+
+
+def soft_cap_and_scales(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """Of all factors those in front of tanh are inside, with one for each row of queries, and those behind are the cap."""
+    scores = torch.matmul(q * -3.0, (k * 0.5).mT) / q.detach().abs().mean((0, 2, 3), keepdim=True)
+    scores = (5.0 * scores.tanh()).masked_fill(~valid[:, None, None], -1e8) * 0.25
+    return torch.matmul(torch.softmax(scores, -1), v)
+
+
+def soft_cap_folded(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    b, h, s, d = q.shape
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    scores = torch.baddbmm(torch.empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=0.3).tanh().view(b, h, s, s)
+    weights = torch.softmax(scores.masked_fill(~valid[:, None, None], -math.inf).view(b * h, s, s), -1)
+    return torch.bmm(weights, v).view(b, h, s, d)
+
+
 def in_float32(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     mask = torch.zeros(valid.shape, dtype=q.dtype).masked_fill(~valid, torch.finfo(q.dtype).min)[:, None, None]
@@ -124,11 +145,12 @@ def in_float32(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 WRITTEN_OUT = [
     bert, masked_fill, scaled_query, scaled_query_and_key, scaled_after_the_mask, scaled_by_a_literal, scaled_by_a_tensor,
     in_place, two_masks, weights_masked_again, nan_to_zero, einsum, bmm_folded, baddbmm, no_mask, in_float32,
+    soft_cap, soft_cap_and_scales, soft_cap_folded,
 ]  # fmt: skip
 
 
 # Those in which a size or a number of the model becomes a symbol that the walk meets.
-WITH_SYMBOLS = [bert, scaled_by_a_literal, weights_masked_again, bmm_folded, baddbmm]
+WITH_SYMBOLS = [bert, scaled_by_a_literal, weights_masked_again, bmm_folded, baddbmm, soft_cap]
 
 
 @pytest.mark.parametrize(
@@ -274,8 +296,37 @@ def scores_assigned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(scores, -1), v)
 
 
-def soft_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    return torch.matmul(torch.softmax(torch.tanh(torch.matmul(q, k.mT) / 30) * 30, -1), v)
+def capped_after_the_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """Which hides nothing: the lowest score is -30."""
+    scores = torch.matmul(q, k.mT).masked_fill(~valid[:, None, None], LOWEST)
+    return torch.matmul(torch.softmax(torch.tanh(scores / 30) * 30, -1), v)
+
+
+def capped_with_a_number(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.tanh(torch.matmul(q, k.mT) + 1.0), -1), v)
+
+
+def capped_with_a_bias(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    b, h, s, d = q.shape
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    mask = torch.zeros(b * h, 1, s)
+    return torch.bmm(torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)).tanh(), -1), v).view(b, h, s, d)
+
+
+def capped_twice(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh().tanh(), -1), v)
+
+
+def negative_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() * -3, -1), v)
+
+
+def cap_for_each_query(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() * q.detach().abs().mean(-1, keepdim=True), -1), v)
+
+
+def another_function(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).clamp(-30, 30), -1), v)
 
 
 def dropped_keys(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
@@ -332,7 +383,13 @@ def shared_key(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     [
         (mask_before_scale, "its mask is added before the scores are scaled"),
         (scores_assigned, "its scores go through select_scatter before the softmax"),
-        (soft_cap, "its scores go through tanh before the softmax"),
+        (another_function, "its scores go through clamp before the softmax"),
+        (capped_after_the_mask, "its scores are masked before tanh, which hides nothing"),
+        (capped_with_a_number, "a number is added to its scores before tanh"),
+        (capped_with_a_bias, "its scores are masked before tanh, which hides nothing"),
+        (capped_twice, "its scores go through tanh twice"),
+        (negative_cap, "its scores are multiplied behind tanh with what is no positive number"),
+        (cap_for_each_query, "its scores are multiplied behind tanh with what is no positive number"),
         (dropped_keys, "its weights go through mul before they are multiplied with the values"),
         (masked_by_another, "its weights are masked again after the softmax, by another mask"),
         (relative_position, "its scores are the sum of two matrix products (a position bias computed from the queries)"),
