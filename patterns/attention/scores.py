@@ -36,6 +36,10 @@ _NEAR_PRODUCT = (
 )  # fmt: skip
 
 
+SMALLEST_CAP, LARGEST_CAP = 1e-3, 4000.0
+"""Kernels compute with a cap in float32. Up to the largest, every mask that is taken to hide a key does (`masks.scores.HIDES`)."""
+
+
 @dataclass
 class Scores:
     """What is done to the product of queries and keys before the softmax.
@@ -132,6 +136,8 @@ class _Walk:
             self.scale *= given["alpha"]
         if self.softcap:
             self.scale *= self.softcap  # c * tanh(a * x) is c * tanh(s * x / c) with s = c * a
+        if not math.isfinite(self.scale):
+            raise NotAttention("its scores are scaled by no finite number")
         if self.factor_ranks - {len(shape(product))}:
             raise NotAttention("its scores are scaled in another layout than that of its queries")
         if not self.dtypes:
@@ -172,6 +178,8 @@ class _Walk:
             raise NotAttention("its scores are a divisor")
         number = number_of(factor)
         if number is not None:
+            if divides and number == 0:
+                raise NotAttention("its scores are divided by zero")
             self.scale *= 1 / number if divides else number
         elif _one_per_query(factor) and node.meta["val"].dtype == scores.meta["val"].dtype:  # type: ignore[union-attr]
             self.factors.append((factor, divides))  # type: ignore[arg-type]
@@ -184,8 +192,9 @@ class _Walk:
         """What was multiplied behind tanh is the cap; what is still to come is inside, where nothing but a scale may be."""
         if self.softcap:
             raise NotAttention("its scores go through tanh twice")
-        if self.factors or not 0.0 < self.scale < math.inf:
-            raise NotAttention("its scores are multiplied behind tanh with what is no positive number")
+        if self.factors or not SMALLEST_CAP <= self.scale <= LARGEST_CAP:
+            limits = f"{SMALLEST_CAP} to {LARGEST_CAP:g}"
+            raise NotAttention(f"its scores are multiplied behind tanh with what is no number from {limits}")
         self.softcap, self.scale = self.scale, 1.0
         return node.args[0]  # type: ignore[return-value]
 
@@ -199,6 +208,8 @@ class _Walk:
         if not isinstance(mask, fx.Node):
             if self.softcap:
                 raise NotAttention("a number is added to its scores before tanh")
+            if any(op.kind != "add" for op in self.mask_ops):
+                raise NotAttention("a number is added to its scores before some are replaced")
             # A constant on all scores changes nothing.
             return scores  # type: ignore[return-value]
         self._mask(node, self._add(mask))

@@ -17,6 +17,7 @@ from tests.patterns.zoo import assert_same
 
 Tensor = torch.Tensor
 LOWEST = torch.finfo(torch.float32).min
+NO_CAP = "its scores are multiplied behind tanh with what is no number from 0.001 to 4000"
 
 
 def bert(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
@@ -321,6 +322,35 @@ def negative_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() * -3, -1), v)
 
 
+def large_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """Scores may be lower than what hides."""
+    scores = (torch.matmul(q, k.mT).tanh() * 1e6).masked_fill(~valid[:, None, None], -1e5)
+    return torch.matmul(torch.softmax(scores, -1), v)
+
+
+def tiny_cap(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() * 1e-50, -1), v)
+
+
+def divided_by_zero(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() / 0.0, -1), v)
+
+
+def infinite_scale(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.mT) * 1e200 * 1e200, -1), v)
+
+
+def lowered_before_the_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """Below what is to hide: the masked keys have all the weight."""
+    scores = (torch.matmul(q, k.mT) + -1e10).masked_fill(~valid[:, None, None], -1e9)
+    return torch.matmul(torch.softmax(scores, -1), v)
+
+
+def capped_and_lowered_before_the_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    scores = torch.where(valid[:, None, None], torch.tanh(torch.matmul(q, k.mT)) * 3 + -20000.0, -1e4)
+    return torch.matmul(torch.softmax(scores, -1), v)
+
+
 def cap_for_each_query(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.mT).tanh() * q.detach().abs().mean(-1, keepdim=True), -1), v)
 
@@ -388,8 +418,14 @@ def shared_key(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         (capped_with_a_number, "a number is added to its scores before tanh"),
         (capped_with_a_bias, "its scores are masked before tanh, which hides nothing"),
         (capped_twice, "its scores go through tanh twice"),
-        (negative_cap, "its scores are multiplied behind tanh with what is no positive number"),
-        (cap_for_each_query, "its scores are multiplied behind tanh with what is no positive number"),
+        (negative_cap, NO_CAP),
+        (cap_for_each_query, NO_CAP),
+        (large_cap, NO_CAP),
+        (tiny_cap, NO_CAP),
+        (divided_by_zero, "its scores are divided by zero"),
+        (infinite_scale, "its scores are scaled by no finite number"),
+        (lowered_before_the_mask, "a number is added to its scores before some are replaced"),
+        (capped_and_lowered_before_the_mask, "a number is added to its scores before some are replaced"),
         (dropped_keys, "its weights go through mul before they are multiplied with the values"),
         (masked_by_another, "its weights are masked again after the softmax, by another mask"),
         (relative_position, "its scores are the sum of two matrix products (a position bias computed from the queries)"),
