@@ -42,7 +42,7 @@ _SETTINGS_WITHOUT_GRADIENTS = {
     # What several operations read is computed anew by each of them, unless it is put together from more tensors than this. So a
     # norm of a residual stream reads every summand since the sum was last stored, up to five: it reads and writes 4.75 times the
     # size of its input on average, and with 2 it is 4 times, in as many kernels. Norms are a tenth of that encoder's forward.
-    # Counted by Inductor's scheduler for a H200; timed only together with a shorter GELU. Training stores the sums in any case.
+    # It saves 2 to 4% of the time that kernels run in bfloat16 (docs/benchmarks). Training stores the sums in any case.
     # (For packed graphs that are compiled while gradients are off. In half precision a stored sum is rounded, as in eager mode:
     # docs/benchmarks says how far results are from float64 then.)
     "realize_reads_threshold": (4, 2),

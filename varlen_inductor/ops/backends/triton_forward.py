@@ -181,6 +181,16 @@ def _attend(
         tl.store(lse + q_start + rows, result, mask=rows < q_len)
 
 
+@triton.jit
+def _nothing_behind(out, lse, stride_o, end, rows, DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, COUNT: tl.constexpr):
+    """What queries of no sequence, those from ``end`` on, give in one head; shared out along the first axis of the grid."""
+    zero_rows(out, stride_o, end, rows, DIM_V, BLOCK_DV, COUNT)
+    if lse is not None:
+        for start in range(end + tl.program_id(0) * COUNT, rows, tl.num_programs(0) * COUNT):
+            behind = start + tl.arange(0, COUNT)
+            tl.store(lse + behind, float("-inf"), mask=behind < rows)
+
+
 @triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"])
 def forward_kernel(
     query,
@@ -240,12 +250,7 @@ def forward_kernel(
     if lse is not None:
         lse += head.to(tl.int64) * rows_q
     if index == sequences:
-        end = tl.load(cu_q + sequences)
-        zero_rows(out, stride_o, end, rows_q, DIM_V, BLOCK_DV, BLOCK_M)
-        if lse is not None:
-            for start in range(end + tl.program_id(0) * BLOCK_M, rows_q, tl.num_programs(0) * BLOCK_M):
-                behind = start + tl.arange(0, BLOCK_M)
-                tl.store(lse + behind, float("-inf"), mask=behind < rows_q)
+        _nothing_behind(out, lse, stride_o, tl.load(cu_q + sequences), rows_q, DIM_V, BLOCK_DV, BLOCK_M)
     else:
         if block_table is None:
             table = None
@@ -317,10 +322,7 @@ def repair_kernel(
     if (end_q < rows_q) | (end_k < rows_k):  # one jump over all of it, usually
         out += head.to(tl.int64) * stride_oh
         lse += head.to(tl.int64) * rows_q
-        zero_rows(out, stride_o, end_q, rows_q, DIM_V, BLOCK_DV, BLOCK_M)
-        for start in range(end_q + tl.program_id(0) * BLOCK_M, rows_q, tl.num_programs(0) * BLOCK_M):
-            behind = start + tl.arange(0, BLOCK_M)
-            tl.store(lse + behind, float("-inf"), mask=behind < rows_q)
+        _nothing_behind(out, lse, stride_o, end_q, rows_q, DIM_V, BLOCK_DV, BLOCK_M)
         spoiled = 0
         v_base = value + (head // GROUPS).to(tl.int64) * stride_vh
         for start in range(end_k, tl.minimum(rows_k, end_k + REACH), BLOCK_N):
