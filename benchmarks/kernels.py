@@ -95,8 +95,8 @@ def measure(shape: Shape) -> dict[str, Any]:
 def measure_hosts() -> dict[str, dict[str, float]]:
     """What a call takes the host, in microseconds, by backend and direction: of a problem whose kernels are over at once.
 
-    Also for a caller to whom rows behind the last sequence matter ("tails"), and for a packed graph in which nobody reads lse, as
-    in inference ("alone").
+    As in a packed graph; for a caller to whom rows behind the last sequence matter ("tails"); and as in a packed graph in which
+    nobody reads lse, in inference ("alone").
     """
     (query, key, value, gradient), unread, rule = operands(Shape(64, 128), tokens=512)
     problem = Problem.of(query, key, value, unread, rule)
@@ -107,7 +107,8 @@ def measure_hosts() -> dict[str, dict[str, float]]:
     for backend in BACKENDS:
         if backend.name == "math" or backend.supports(problem) is not None:
             continue
-        for layout, suffix in ((unread, ""), (unread._replace(tails_unread=False), ", tails")):
+        packed = as_packed._replace(lse_by_row=backend.lse_by_row)
+        for layout, suffix in ((packed, ""), (unread._replace(tails_unread=False), ", tails")):
             forward = partial(backend.forward, query, key, value, layout, rule)
             backward = partial(backend.backward, gradient, None, *forward(), query, key, value, layout, rule)
             backward()

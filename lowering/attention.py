@@ -4,7 +4,8 @@ Our operator is Python to the dispatcher; a packed training step calls it twice 
 falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
 the generated code calls without any Python of ours (and which AOTInductor can call, too). Everywhere else the node stays one node,
 and the generated code calls the function behind the operator (`direct`), past the dispatcher, autograd and the checks that were
-made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`).
+made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`). In a packed graph a kernel that can
+leaves lse as it writes it, and is given the seeds of its dropout.
 
     before                                                        after
     %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
@@ -21,7 +22,7 @@ from torch import Tensor
 from varlen_inductor import _compat_inductor, config
 from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import split_arguments
-from varlen_inductor.ops.backends import aten_flash, choose
+from varlen_inductor.ops.backends import aten_flash, choose, fallback, seed_takers
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 _ops = torch.ops.varlen_inductor
@@ -52,6 +53,33 @@ def _direct(
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
+def _in_one_launch(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
+    """Whether the kernels of choice, each way, need nothing around them if they may leave lse as they write it, and take seeds.
+
+    Nobody but a backward reads it then. Where a bound of the lengths is a symbol, the choice is made when the graph runs.
+    """
+    if query.device.type != "cuda" or not layout.tails_unread or not isinstance(layout.max_q, int):
+        return False
+    if layout.seqused_k is not None or layout.cu_seq_q is not layout.cu_seq_k:
+        return False
+    problem, kernels = Problem.of(query, key, value, layout, rule), kernels or config.kernels
+    chosen = [choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)]
+    return all(backend.lse_by_row and (backend.takes_seeds or rule.dropout_p == 0.0) for backend in chosen)
+
+
+def _is_turned(lse: Tensor) -> bool:
+    """Whether it was given by row to begin with. (Nothing is asked of a symbol.)"""
+    step, heads = lse.stride()
+    return isinstance(step, int) and isinstance(heads, int) and step == 1 and heads == lse.shape[0] > 1
+
+
+def _again(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any, **options: Any) -> Any:
+    """The backward operator, given lse by row if it was given so by the forward."""
+    if _is_turned(lse):
+        lse, grad_lse, options["lse_by_row"] = lse.t(), None if grad_lse is None else grad_lse.t(), True
+    return _ops.varlen_attn_backward.default(grad_out, grad_lse, out, lse, *args, **options)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """As the kernels read it: 16 bytes at a time. (Values are usually slices of one projection; those are aligned.)"""
     good = x.stride(2) == 1 and x.stride(1) % 8 == x.stride(0) % 8 == x.storage_offset() % 8 == 0
@@ -66,9 +94,21 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     layout, rule, kernels = split_arguments(query, *args, **options)
     ahead_of_time = _compat_inductor.compiles_ahead_of_time()
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
-    if not ahead_of_time and ranking is not None and ranking != kernels:
-        return _ops.varlen_attn.default(query, key, value, *args, **{**options, "kernels": ranking})
-    if not _direct(query, key, value, layout, rule, kernels):
+    changed: dict[str, Any] = {} if ahead_of_time or ranking in (None, kernels) else {"kernels": ranking}
+    if not ahead_of_time and not layout.lse_by_row and _in_one_launch(query, key, value, layout, rule, ranking or kernels):
+        changed["lse_by_row"] = True
+        if rule.dropout_p > 0.0 and layout.seeds is None:
+            # Inductor draws the seeds of a graph at once, and knows what must be drawn again. No other kernel drops the same.
+            changed["seeds"] = _aten.randint.low(0, 2**31, (2,), dtype=torch.int64, device=query.device)
+            changed["kernels"] = seed_takers()
+    if changed:
+        out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
+        # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.
+        return out, lse.t() if "lse_by_row" in changed else lse, changed.get("seeds", rng_state)
+    if ahead_of_time and layout.lse_by_row:
+        out, lse, rng_state = _forward(query, key, value, *args, **{**options, "lse_by_row": False})
+        return out, lse.t().contiguous(), rng_state
+    if layout.lse_by_row or not _direct(query, key, value, layout, rule, kernels):
         return ahead.attention(query, key, value, layout, rule) if ahead_of_time else NotImplemented
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),
@@ -100,15 +140,20 @@ def _backward(
     **options: Any,
 ) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
+    operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
+    if rng_state.dtype == torch.int64:  # the seeds that a forward was given
+        if kernels == seed_takers() and not _is_turned(lse):
+            return NotImplemented
+        return _again(*operands, *args, **{**options, "kernels": seed_takers()})
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
     if ranking is not None and ranking != kernels:
-        operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
-        return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": ranking})
+        return _again(*operands, *args, **{**options, "kernels": ranking})
+    if not layout.lse_by_row and _is_turned(lse):
+        return _again(*operands, *args, **options)
     direct = _direct(query, key, value, layout, rule, kernels, backward=True)
     if direct and grad_lse is not None and rule.dropout_p > 0.0 and kernels != "aten_flash":
         # The forward became the ATen operator, and no other kernel draws again what it drew.
-        operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
-        return _ops.varlen_attn_backward.default(*operands, *args, **{**options, "kernels": "aten_flash"})
+        return _again(*operands, *args, **{**options, "kernels": "aten_flash"})
     if grad_lse is not None or not direct:
         return NotImplemented
     return _aten._flash_attention_backward.default(
@@ -117,7 +162,7 @@ def _backward(
         _aligned(key),
         _aligned(value),
         out,
-        lse,
+        lse.t().contiguous() if layout.lse_by_row else lse,
         layout.cu_seq_q,
         layout.cu_seq_k,
         layout.max_q,

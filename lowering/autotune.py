@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat, _compat_inductor, inductor_pass
-from varlen_inductor.ops.backends import BACKENDS, fallback, named
+from varlen_inductor.ops.backends import BACKENDS, fallback, kept, named
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
@@ -148,6 +148,10 @@ def _runner(
     backend: Backend, operands: tuple[Tensor, ...], layout: Layout, rule: Rule, part: str, gradient: Tensor
 ) -> Callable[[], Any]:
     query, key, value = operands
+    if backend.lse_by_row and layout.tails_unread and layout.cu_seq_q is layout.cu_seq_k and layout.seqused_k is None:
+        # As in a packed graph, whose layers share what is found out about the offsets.
+        kept.never_written(layout.cu_seq_q)
+        layout = layout._replace(lse_by_row=True)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
         return backend.forward(query, key, value, layout, rule)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from varlen_inductor.ops.attention import debug, default_kernels, run_backward, run_forward, split_arguments
 from varlen_inductor.ops.backends import choose, fallback
-from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.base import Backend, backward_by, forward_by
 from varlen_inductor.ops.joined import backward_joined_by, run_backward_joined
 from varlen_inductor.ops.problem import Layout, Problem
 from varlen_inductor.ops.validate import check_lengths
@@ -80,10 +80,11 @@ def site(function: Literal["forward", "backward", "backward_joined"], alone: boo
     Args:
         alone: of a forward's results only the first is looked at, and there need not be more.
     """
+    by_row = options.get("lse_by_row", False)
     if function == "forward":
-        return _forward_site(options, _first_of if alone else attrgetter("forward"))
+        return _forward_site(options, _first_of if alone else _by_row if by_row else attrgetter("forward"))
     if function == "backward":
-        return _backward_site(options, attrgetter("backward"), backward)
+        return _backward_site(options, _from_rows if by_row else attrgetter("backward"), backward)
     return _backward_site(options, lambda backend: partial(backward_joined_by, backend), backward_joined)
 
 
@@ -128,6 +129,16 @@ def _first_of(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
     """What runs the forward where nothing but its first result is looked at."""
     alone = backend.forward_alone
     return backend.forward if alone is None else lambda *operands: (alone(*operands),)
+
+
+def _by_row(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
+    """What runs the forward where lse is by row."""
+    return backend.forward if backend.lse_by_row else partial(forward_by, backend)
+
+
+def _from_rows(backend: Backend) -> Callable[..., Any]:
+    """What runs the backward where lse is by row."""
+    return backend.backward if backend.lse_by_row else partial(backward_by, backend)
 
 
 def _forward_site(

@@ -219,6 +219,46 @@ def test_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str
             assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
 
 
+# --- cuDNN: lse as it writes it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("window", ["full", "causal", "sliding"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("stays", [False, True])
+def test_cudnn_leaves_lse_as_it_writes_it(stays: bool, heads: tuple[int, int], window: str, dropout_p: float) -> None:
+    """The same numbers in another order; its backward reads either, and layers that share offsets do not disturb each other."""
+    backend = KERNELS["cudnn"]
+    sizes = {"heads": heads, "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "device": "cuda"}
+    for lengths in ((130, 1, 517, 64), (0, 300, 0), (2000,), (3,) * 300):
+        case = make_case(lengths, tail=5, fill=0.0, tails_unread=True, dropout_p=dropout_p, **sizes)
+        layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+        layout = layout._replace(cu_seq_k=layout.cu_seq_q)
+        layers = [[torch.randn_like(x.detach()) for x in case.operands[:3]] for _ in range(3)]
+        reason = backend.supports(Problem.of(*layers[0], layout, rule))
+        if reason is not None:
+            pytest.skip(reason)
+        if stays:
+            kept.never_written(layout.cu_seq_q)
+        rows = slice(0, sum(lengths))
+        found = [backend.forward(*layer, layout._replace(lse_by_row=True), rule) for layer in layers]
+        grads = [torch.randn_like(out) for out, _, _ in found]
+        by_row = [
+            backend.backward(grad, None, out, lse, rng_state, *layer, layout._replace(lse_by_row=True), rule)
+            for grad, (out, lse, rng_state), layer in zip(grads, found, layers, strict=True)
+        ]
+        for layer, (out, lse, rng_state), grad, actual in zip(layers, found, grads, by_row, strict=True):
+            assert lse.is_contiguous()
+            assert lse.shape[1] == heads[0]
+            if dropout_p == 0.0:
+                expected = backend.forward(*layer, layout, rule)
+                assert torch.equal(out[rows], expected[0][rows])
+                assert torch.equal(lse[rows].t(), expected[1][:, rows])
+            wanted = backend.backward(grad, None, out, lse.t().contiguous(), rng_state, *layer, layout, rule)
+            for one, other in zip(actual, wanted, strict=True):
+                assert_close(one[rows], other[rows], torch.bfloat16, "gradient")
+
+
 # --- cuDNN: gradients into one tensor for query, key and value -------------------------------------------------------
 
 

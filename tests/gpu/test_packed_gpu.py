@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from varlen_inductor import config
 from varlen_inductor.backend import varlen_inductor as backend
+from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.problem import Problem
 
 DEVICE = "cuda"
+KERNELS = {backend.name: backend for backend in BACKENDS}
 LENGTH, WIDTH, HEADS = 256, 128, 2
 LENGTHS = ([256, 30, 80, 1], [100, 256, 9, 60], [256, 200, 17, 3])
 """Batches of 367, 425 and 476 tokens: 384, 512 and 512 rows."""
@@ -64,6 +68,14 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def steps() -> tuple[int, int]:
     return counters["varlen_inductor"]["packed_steps"], counters["varlen_inductor"]["padded_steps"]
+
+
+def skip_without(kernels: str) -> None:
+    """Skips the test where these kernels cannot run."""
+    problem = Problem(torch.device(DEVICE, 0), torch.bfloat16, HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS)
+    reason = None if kernels == "auto" else KERNELS[kernels].supports(problem)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @contextmanager
@@ -314,6 +326,41 @@ def test_memory_of_inference_falls_with_density() -> None:
     assert taken[0] <= 0.4 * taken[1]
 
 
+# --- what cuDNN launches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_training_step_with_cudnn(mode: str) -> None:
+    """Its kernels alone in every layer, and, without CUDA graphs, where sequences lie once for each direction."""
+    skip_without("cudnn")
+    torch.manual_seed(0)
+    model = Encoder(layers=3).to(DEVICE, torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    with config.patch(strict=True, kernels="cudnn"):
+        compiled = torch.compile(model, backend=backend, mode=mode)
+        for _ in range(4):
+            for lengths in LENGTHS:
+                x, valid = batch(lengths)
+                cotangent = torch.randn_like(x) * valid.unsqueeze(-1)
+                torch.compiler.cudagraph_mark_step_begin()
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    ours = compiled(x, valid)
+                    ours.backward(cotangent)
+                    torch.cuda.synchronize()
+                truth = exact(x.double(), valid)
+                truth.backward(cotangent.double())
+                assert error(ours[valid], truth[valid]) < 2e-2
+                for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+                    assert error(mine.grad, theirs.grad) < 6e-2
+                model.zero_grad()
+                exact.zero_grad()
+        launched = Counter({event.key: event.count for event in profile.key_averages()})
+        places = sum(count for name, count in launched.items() if "_place" in name)
+        finishes = sum(count for name, count in launched.items() if "_finish" in name)
+    assert sum(count for name, count in launched.items() if "cudnn" in name) >= 6, launched
+    assert (places, finishes) == (2 if mode == "default" else 6, 0), launched
+
+
 # --- dropout that is computed again -----------------------------------------------------------------------------------------
 
 
@@ -339,11 +386,13 @@ class Mixing(nn.Module):
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["checkpoint", "plain"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_backward_drops_what_the_forward_dropped(recompute: bool, mode: str) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "cudnn"])
+def test_backward_drops_what_the_forward_dropped(kernels: str, recompute: bool, mode: str) -> None:
     """What is linear in x is its gradient times x; with other elements dropped in the backward it would not be."""
+    skip_without(kernels)
     torch.manual_seed(0)
     model = Mixing(recompute).to(DEVICE, torch.bfloat16)
-    with config.patch(strict=True):
+    with config.patch(strict=True, **({} if kernels == "auto" else {"kernels": kernels})):
         compiled = torch.compile(model, backend=backend, mode=mode)
         for _ in range(2):
             for lengths in LENGTHS:

@@ -24,9 +24,12 @@ Schema of ``varlen_attn``::
     tails_unread         the caller reads no row behind the last sequence, neither of the results nor of the gradients, and no
                          lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved); and in
                          the operands and the gradient of out they hold finite numbers, for then they may be read
+    lse_by_row           lse and its gradient are (T_q, H), as some kernels write and read it
+    seeds                (2,) int64, not negative: what dropout is drawn from, by kernels that need not draw them then (forward
+                         only); the backward gets them as its rng_state
 
-    -> out (T_q, H, D_v), contiguous; lse (H, T_q), natural logarithm, float64 for float64 operands and float32 else;
-       rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0
+    -> out (T_q, H, D_v), contiguous; lse (H, T_q), contiguous, natural logarithm, float64 for float64 operands and float32 else;
+       rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0 or seeds are given
 
 Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
 outside of every sequence hold shows nowhere, but for ``tails_unread``. (With one kernel, ``flash4``, NaN there can show in how the
@@ -43,7 +46,8 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat_operators, config
-from varlen_inductor.ops.backends import choose, fallback
+from varlen_inductor.ops.backends import choose, fallback, seed_takers
+from varlen_inductor.ops.backends.base import backward_by, forward_by, with_lse_as_asked
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
 from varlen_inductor.ops.validate import check_lengths, check_operands
@@ -53,18 +57,20 @@ OPTIONS = (
     "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False, "
     "float softcap=0.0, Tensor? block_table=None, bool batch_invariant=False"
 )
+BY_ROW = "bool lse_by_row=False"
 OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # The library must live as long as the operators.
 LIBRARY = torch.library.Library("varlen_inductor", "FRAGMENT")
 LIBRARY.define(
-    f"varlen_attn({OPERANDS}, {OPTIONS}) -> (Tensor out, Tensor lse, Tensor rng_state)",
+    f"varlen_attn({OPERANDS}, {OPTIONS}, {BY_ROW}, Tensor? seeds=None) "
+    "-> (Tensor out, Tensor lse, Tensor rng_state)",
     tags=(*TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
     "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{OPERANDS}, {OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    f"{OPERANDS}, {OPTIONS}, {BY_ROW}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     tags=TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
@@ -97,9 +103,12 @@ def split_arguments(
     softcap: float = 0.0,
     block_table: Tensor | None = None,
     batch_invariant: bool = False,
+    lse_by_row: bool = False,
+    seeds: Tensor | None = None,
 ) -> tuple[Layout, Rule, str | None]:
     """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
-    layout = Layout(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, block_table)
+    lengths = (cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
+    layout = Layout(*lengths, position_q, position_k, tails_unread, block_table, lse_by_row, seeds)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2] or 1)
     return layout, Rule(scale, window_left, window_right, dropout_p, softcap, batch_invariant), kernels
@@ -137,14 +146,13 @@ def run_forward(
     if nothing_to_attend(query, key, layout):
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=lse_dtype(query.dtype))
-        return out, lse, query.new_zeros(_rng_size(rule), dtype=torch.uint64)
+        return with_lse_as_asked((out, lse, query.new_zeros(_rng_size(layout, rule), dtype=torch.uint64)), layout)
     problem = problem or Problem.of(query, key, value, layout, rule)
     choice = choose(problem, kernels, False, fallback.failed(problem, False))
     backend = choice.backend
     try:
-        if choice.gathers:
-            return backend.forward(query, *gather_pages(key, value, layout), rule)
-        return backend.forward(query, key, value, layout, rule)
+        operands = gather_pages(key, value, layout) if choice.gathers else (key, value, layout)
+        return forward_by(backend, query, *operands, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, False)
     return run_forward(query, key, value, layout, rule, kernels, problem)
@@ -172,7 +180,7 @@ def run_backward(
     problem = problem or Problem.of(query, key, value, layout, rule)
     backend = choose(problem, kernels, True, fallback.failed(problem, True)).backend
     try:
-        return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+        return backward_by(backend, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     except Exception as error:
         fallback.note(error, backend, problem, kernels, True)
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
@@ -191,8 +199,8 @@ LIBRARY.impl("varlen_attn_backward", _backward, "CompositeExplicitAutograd")
 # --- fakes -----------------------------------------------------------------------------------------------------------
 
 
-def _rng_size(rule: Rule) -> int:
-    return 2 if rule.dropout_p > 0.0 else 0
+def _rng_size(layout: Layout, rule: Rule) -> int:
+    return 2 if rule.dropout_p > 0.0 and layout.seeds is None else 0
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +208,8 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **optio
     check_operands(query, key, value, layout, rule)
     tokens, heads, _ = query.shape
     out = query.new_empty((tokens, heads, value.shape[-1]))
-    lse = query.new_empty((heads, tokens), dtype=lse_dtype(query.dtype))
-    return out, lse, query.new_empty((_rng_size(rule),), dtype=torch.uint64)
+    lse = query.new_empty((tokens, heads) if layout.lse_by_row else (heads, tokens), dtype=lse_dtype(query.dtype))
+    return out, lse, query.new_empty((_rng_size(layout, rule),), dtype=torch.uint64)
 
 
 def _fake_backward(
@@ -258,7 +266,7 @@ def through_backward(
         grad_out = torch.zeros_like(out)
     if _compat_operators.nothing_intercepts(grad_out, grad_lse, query):
         return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
-    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _ = layout
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _, lse_by_row, _ = layout
     scale, window_left, window_right, dropout_p, softcap, _ = rule
     return varlen_attn_backward(  # type: ignore[no-any-return]
         grad_out,
@@ -283,6 +291,7 @@ def through_backward(
         kernels=kernels,
         tails_unread=tails_unread,
         softcap=softcap,
+        lse_by_row=lse_by_row,
     )
 
 
@@ -294,7 +303,11 @@ class _VarlenAttn(torch.autograd.Function):
         out, lse, rng_state = _below(varlen_attn, _forward, keyset, args, options)
         query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k = args
         tensors = {name: options.pop(name) for name in _TENSOR_OPTIONS if name in options}
-        ctx.save_for_backward(out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
+        seeds = options.pop("seeds", None)
+        if seeds is not None:
+            options["kernels"] = seed_takers()  # no other kernel drops the same
+        drawn_from = rng_state if seeds is None else seeds
+        ctx.save_for_backward(out, lse, drawn_from, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
         ctx.options, ctx.tensor_names = options, tuple(tensors)
         ctx.mark_non_differentiable(rng_state)
         ctx.set_materialize_grads(False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.attention import (
+    BY_ROW,
     LIBRARY,
     OPERANDS,
     OPTIONS,
@@ -27,13 +28,13 @@ from varlen_inductor.ops.attention import (
     without_double_backward,
 )
 from varlen_inductor.ops.backends import choose, fallback
-from varlen_inductor.ops.backends.base import Backend
+from varlen_inductor.ops.backends.base import Backend, lse_for
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 LIBRARY.define(
     "varlen_attn_backward_joined(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{OPERANDS}, {OPTIONS}) -> Tensor grads",
+    f"{OPERANDS}, {OPTIONS}, {BY_ROW}) -> Tensor grads",
     tags=TAGS,
 )
 varlen_attn_backward_joined = torch.ops.varlen_inductor.varlen_attn_backward_joined.default
@@ -83,6 +84,7 @@ def backward_joined_by(
     rule: Rule,
 ) -> Tensor:
     """The joined gradients by one backend, written in place if it can. ``grad_lse`` is 0 where lse is -inf."""
+    grad_lse, lse, layout = lse_for(backend, grad_lse, lse, layout)
     if grad_lse is None and backend.backward_into is not None:
         (rows, heads, dim), (_, heads_k, dim_v), size = query.shape, value.shape, query.element_size()
         of_query, of_key, of_value = heads * dim, heads_k * dim, heads_k * dim_v

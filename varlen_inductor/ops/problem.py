@@ -24,6 +24,10 @@ class Layout(NamedTuple):
     tails_unread: bool = False
     block_table: Tensor | None = None
     """(N, pages of a sequence) int32: keys and values lie in pages (pages, page_size, H_k, D), and ``cu_seq_k`` says nothing."""
+    lse_by_row: bool = False
+    """Whether lse is (T_q, H), contiguous, and so is its gradient."""
+    seeds: Tensor | None = None
+    """(2,) int64, from which a forward draws what it drops; without it the forward draws these numbers, too."""
 
 
 class Rule(NamedTuple):
@@ -74,6 +78,8 @@ class Problem(NamedTuple):
     batch_invariant: bool = False
     tails_unread: bool = False
     """As of the layout: kernels that would read or leave anything behind the last sequence need no help then."""
+    seeded: bool = False
+    """As of the layout, whether there are seeds."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
@@ -98,6 +104,7 @@ class Problem(NamedTuple):
             0 if layout.block_table is None else int(key.shape[1]),
             rule.batch_invariant,
             layout.tails_unread,
+            layout.seeds is not None,
         )
 
     @property

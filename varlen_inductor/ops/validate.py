@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> None:
     """Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or number."""
-    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k, _, block_table = layout
+    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k, _, block_table, _, seeds = layout
     _, window_left, window_right, dropout_p, softcap, _ = rule
     if block_table is not None and seqused_k is None:
         raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
@@ -43,6 +43,8 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
         raise ValueError(f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit")
     if seqused_k is not None:
         _check_vector("seqused_k", seqused_k, cu_seq_q.shape[0] - 1, "sequence", (torch.int32,), device)
+    if seeds is not None:
+        _check_vector("seeds", seeds, 2, "random number", (torch.int64,), device)
     if block_table is not None:
         _check_pages(block_table, layout, device)
     if (position_q is None) != (position_k is None):

@@ -292,6 +292,51 @@ def test_layers_share_where_sequences_lie(placed: list[tuple[int, int]]) -> None
     assert placed[-1][1] == operands[0].shape[0] * 4, "stats of their own"
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (0, 7, 0, 3), (1,)], ids=str)
+def test_lse_by_row(lengths: tuple[int, ...], window: str) -> None:
+    """As cuDNN writes it and reads it again, in packed graphs and where there is more to do."""
+    operands, layout, rule = packed_operands(lengths, window=WINDOWS[window])
+    used = torch.tensor([max(n - 1, 0) for n in lengths], dtype=torch.int32)
+    layouts = [layout, layout._replace(tails_unread=False), layout._replace(seqused_k=used)]
+    kept.never_written(layout.cu_seq_q)
+    layouts.append(layout._replace(cu_seq_q=(offsets := layout.cu_seq_q.clone()), cu_seq_k=offsets))
+    for one in layouts:
+        rows = slice(sum(lengths) if one.tails_unread else None)
+        out, lse, rng_state = cudnn.forward(*operands, one, rule)
+        found, by_row, _ = cudnn.forward(*operands, one._replace(lse_by_row=True), rule)
+        assert by_row.is_contiguous()
+        assert by_row.shape == lse.shape[::-1]
+        assert torch.equal(found[rows], out[rows])
+        assert torch.equal(by_row[rows], lse[:, rows].t())
+        given = (torch.randn_like(out), None, out)
+        rows_of = one._replace(lse_by_row=True)
+        wanted = cudnn.backward(*given, lse, rng_state, *operands, one, rule)
+        for grad, want in zip(cudnn.backward(*given, by_row, rng_state, *operands, rows_of, rule), wanted):
+            assert torch.equal(grad[rows], want[rows])
+
+
+def test_layers_share_where_sequences_lie_in_training(placed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, layout, rule = packed_operands((5, 1, 9))
+    layout = layout._replace(lse_by_row=True)
+    kept.never_written(layout.cu_seq_q)
+    monkeypatch.setattr(cudnn, "finish_forward", None)
+    results = [cudnn.forward(*operands, layout, rule) for _ in range(3)]
+    assert [stats for _, stats in placed] == [0]
+    with monkeypatch.context() as context:
+        context.setattr(cudnn, "place_backward", None)
+        for out, lse, rng_state in results:
+            cudnn.backward(torch.randn_like(out), None, out, lse, rng_state, *operands, layout, rule)
+        assert [stats for _, stats in placed] == [0, 0]
+    out, lse, rng_state = results[0]
+    # Where a kernel of cuDNN's must not begin to read.
+    apart = torch.full((80,), math.nan)[5:77].view(18, 4).copy_(lse)
+    expected = cudnn.backward(out, None, out, lse, rng_state, *operands, layout, rule)
+    for grad, want in zip(cudnn.backward(out, None, out, apart, rng_state, *operands, layout, rule), expected):
+        assert torch.equal(grad[:15], want[:15])
+
+
 def test_others_are_computed_as_ever(placed: list[tuple[int, int]]) -> None:
     """What may have queries without keys, rows to be zeroed, or more to give."""
     operands, layout, rule = packed_operands((5, 1, 9))
@@ -374,22 +419,26 @@ def test_rounded() -> None:
 def check_places() -> None:
     used = torch.tensor([4, 0, 9, 2], dtype=torch.int32)
     ends_q, ends_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7, 7, 20], [0, 4, 9, 18, 25]))
-    for wide, seqused_k, backward in itertools.product((False, True), (None, used), (False, True)):
-        layout = Layout(ends_q, ends_k, 13, 9, seqused_k)
+    for wide, seqused_k, call in itertools.product((False, True), (None, used), ("forward", "backward", "backward by row")):
+        layout, backward = Layout(ends_q, ends_k, 13, 9, seqused_k), call != "forward"
         strides = ((96, 8, 1), (16, 8, 1), (32, 16, 1), (64, 16, 1), (40, 8, 1), (72, 8, 1), (88, 16, 1))[: 7 if backward else 3]
         key = Key(backward, ends_q.device, torch.float16, 6, 128, 128, 4, 2, 8, 16, strides, False, wide, Rule(1.0))
         plan: Any = StandIn(key)
-        if backward:
+        if call == "backward":
             lse = torch.randn(4, 70)
             lse[1, 3] = -math.inf
             places = cudnn_rows.place_backward(plan, layout, lse, STREAM)
             lse[1, 3] = math.inf
             assert torch.equal(memory(places.stats, 280, torch.float32).view(70, 4), lse.t())
         else:
-            places = cudnn_rows.place(plan, layout, ends_q, 280, STREAM)
+            places = cudnn_rows.place(plan, layout, ends_q, 280 if call == "forward" else 0, STREAM)
         assert all(pointer % 16 == 0 for pointer in (*places.pointers, places.stats, places.workspace))
-        assert places.workspace + WORKSPACE <= min(places.pointers)
+        if call != "backward by row":
+            assert places.workspace + WORKSPACE <= min(places.pointers)
         dtype = torch.int64 if wide else torch.int32
+        start, end = places.buffer.data_ptr(), places.buffer.data_ptr() + places.buffer.nbytes
+        sizes = [7 * dtype.itemsize] * len(plan.names) + [6 * 4] * 2
+        assert all(start <= pointer <= end - size for pointer, size in zip(places.pointers, sizes, strict=True))
         steps = {"q": 96, "k": 16, "v": 32, "o": 64, "stats": 4, "g": 64, "dq": 40, "dk": 72, "dv": 88}
         for name, pointer in zip(plan.names, places.pointers):
             ends = (ends_q if name in OF_QUERIES else ends_k).tolist()
@@ -459,14 +508,17 @@ def test_later_launches_get_the_same_as_the_first(has_used: bool, monkeypatch: p
     for backward in (False, True):
         strides = ((32, 8, 1), (16, 8, 1), (16, 8, 1), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1))[: 7 if backward else 3]
         plans.append(StandIn(Key(backward, ends.device, torch.float32, 2, 128, 128, 4, 2, 8, 8, strides, False, False, Rule(1.0))))
-    memory = {plan: cudnn_rows._new_places(plan, lse, lse.numel()) for plan in plans}
-    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, like, stats: memory[plan])
+    memory = {plan: cudnn_rows._new_places(plan, lse, lse.numel(), with_workspace=True) for plan in plans}
+    plans.append(StandIn(plans[1].key))
+    memory[plans[2]] = cudnn_rows._new_places(plans[2], lse, 0, with_workspace=False)
+    monkeypatch.setattr(cudnn_rows, "_new_places", lambda plan, like, stats, with_workspace: memory[plan])
     for _ in range(2):
         places = cudnn_rows.place(plans[0], layout, lse, lse.numel(), STREAM)
         cudnn_rows.finish_forward(plans[0], layout, places, query, lse, STREAM)
         cudnn_rows.place_backward(plans[1], layout, lse, STREAM)
-    assert [name for name, *_ in log] == ["place", "finish_forward", "place_backward"] * 2
-    assert log[:3] == log[3:]
+        cudnn_rows.place(plans[2], layout, lse, 0, STREAM)
+    assert [name for name, *_ in log] == ["place", "finish_forward", "place_backward", "place"] * 2
+    assert log[:4] == log[4:]
 
 
 def check_kernels() -> None:

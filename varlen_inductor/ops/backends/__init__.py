@@ -45,7 +45,8 @@ def backend_names() -> list[str]:
 def _order(problem: Problem, backward: bool, host_counts: bool) -> tuple[Backend, ...]:
     """The backends in the order in which they are asked: by measured time, or else by what is usual.
 
-    All kernels write the same lse, so that one may follow another, but for dropout, which each draws its own way.
+    All kernels write the same lse, in one of two orders that all can be given, so that one may follow another; but for dropout,
+    which each draws its own way.
     """
     fastest = measured.by_time(problem, backward, BACKENDS, host_counts)
     if fastest is not None:
@@ -81,6 +82,8 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
             refused[backend.name] = "it raised an error before"
         elif (reason := backend.supports(problem)) is not None:
             refused[backend.name] = reason
+        elif problem.seeded and not backend.takes_seeds:
+            refused[backend.name] = "it draws its own seeds"
         elif chosen is None:
             chosen = backend
         else:
@@ -91,6 +94,11 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"varlen_attn: no kernel can run this attention ({reasons})")
     return Choice(chosen, refused)
+
+
+def seed_takers() -> str:
+    """The backends that drop by given seeds, as ``config.kernels``."""
+    return ",".join(backend.name for backend in BACKENDS if backend.takes_seeds)
 
 
 def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -39,7 +39,7 @@ class Backend:
     """One way to run the attention.
 
     Operands reach ``forward`` and ``backward`` checked, with at least one query token and one key token, and in any strides.
-    Results are contiguous.
+    Results are contiguous. No lse is by row, but for ``lse_by_row``.
     """
 
     name: str
@@ -53,8 +53,53 @@ class Backend:
     """As ``backward``, into tensors that are there; ``None`` if the backend cannot."""
     forward_alone: ForwardAlone | None = None
     """As ``forward`` without what else it gives; ``None`` if that saves the backend nothing."""
+    lse_by_row: bool = False
+    """Whether its forward gives lse by row where the layout says so, and its backward takes it, if lse has no gradient."""
+    takes_seeds: bool = False
+    """Whether its forward drops by the seeds of the layout, if there are any; all others draw their own."""
     reads_lengths: bool = False
     """Whether a call copies the sequence lengths to the host: on a GPU it then waits, and cannot be captured."""
+
+
+def with_lse_as_asked(results: tuple[Tensor, Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of a forward that gives lse as (H, T_q), lse by row where the layout says so."""
+    out, lse, rng_state = results
+    return (out, lse.t().contiguous(), rng_state) if layout.lse_by_row else results
+
+
+def forward_by(
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of any backend, lse by row where the layout says so."""
+    results = backend.forward(query, key, value, layout, rule)
+    return results if backend.lse_by_row else with_lse_as_asked(results, layout)
+
+
+def backward_by(
+    backend: Backend,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of any backend, lse by row where the layout says so."""
+    grad_lse, lse, layout = lse_for(backend, grad_lse, lse, layout)
+    return backend.backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+
+
+def lse_for(
+    backend: Backend, grad_lse: Tensor | None, lse: Tensor, layout: Layout
+) -> tuple[Tensor | None, Tensor, Layout]:
+    """The gradient of lse, lse and the layout as the backward of ``backend`` takes them."""
+    if not layout.lse_by_row or (backend.lse_by_row and grad_lse is None):
+        return grad_lse, lse, layout
+    return None if grad_lse is None else grad_lse.t(), lse.t().contiguous(), layout._replace(lse_by_row=False)
 
 
 def unknown_option(problem: Problem) -> str | None:

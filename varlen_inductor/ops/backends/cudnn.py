@@ -1,7 +1,8 @@
 """CUDA: cuDNN's attention kernels, through the package ``nvidia-cudnn-frontend``.
 
 Sequences are cuDNN's batch, each found through its offset in the rows, so packed rows and rows of a padded batch are read where
-they lie. ``cudnn_plan`` holds the plans, ``cudnn_rows`` what else a call launches: one small kernel before cuDNN's and one after.
+they lie. ``cudnn_plan`` holds the plans, ``cudnn_rows`` what else a call launches: one small kernel before cuDNN's and one after;
+in packed graphs only the first layer launches one, before it.
 
 cuDNN has no gradient through lse (computed here with a second call) and needs a positive scale.
 """
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat_operators
-from varlen_inductor.ops.backends.base import Backend, unknown_option
+from varlen_inductor.ops.backends.base import Backend, unknown_option, with_lse_as_asked
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
-from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward, place_once
+from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward, place_once, workspace
 from varlen_inductor.ops.backends.flash_common import contiguous, positive_scale, through_lse
-from varlen_inductor.ops.backends.memory import empty
+from varlen_inductor.ops.backends.memory import empty, empty_results
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -79,6 +80,16 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
             return forward(query, key, value, layout, rule)
     if rule.scale <= 0.0:
         query, rule, _ = positive_scale(query, rule)
+    if layout.lse_by_row:
+        if not _packed(layout):
+            return with_lse_as_asked(forward(query, key, value, layout._replace(lse_by_row=False), rule), layout)
+        tokens, heads, _ = query.shape
+        out, lse, rng_state = empty_results(query, tokens, heads, value.shape[2])
+        seeds = layout.seeds
+        if seeds is None and rule.dropout_p > 0.0:
+            seeds = rng_state = _new_rng_state(query, rule)
+        _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
+        return out, lse, rng_state
     layout = contiguous(layout)
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
@@ -87,37 +98,58 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     tokens, heads, _ = query.shape
     out = empty(query, tokens, heads, value.shape[2])
     lse = empty(query, heads, tokens, dtype=torch.float32)
-    rng_state = empty(query, 0, dtype=torch.uint64) if rule.dropout_p == 0.0 else _new_rng_state(query)
+    seeds = _new_rng_state(query, rule) if layout.seeds is None else layout.seeds.contiguous()
     stream = _compat_operators.current_stream_pointer(index)
     places = place(plan, layout, lse, lse.numel(), stream)
-    pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(rng_state, rule))
+    pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(seeds, rule))
     plan.run(index, stream, pointers, places.workspace)
     finish_forward(plan, layout, places, out, lse, stream)
-    return out, lse, rng_state
+    return out, lse, seeds if layout.seeds is None else empty(query, 0, dtype=torch.uint64)
 
 
 def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """The first result of ``forward``; see ``ForwardAlone``.
-
-    In a packed graph it is one launch, but in the first layer: cuDNN writes no lse that must be turned, every query sees its own
-    key, and layers share what says where sequences lie.
-    """
+    """The first result of ``forward``; see ``ForwardAlone``."""
     index = query.get_device()
-    offsets = layout.cu_seq_q
-    packed = offsets is layout.cu_seq_k and offsets.is_contiguous() and layout.seqused_k is None and layout.tails_unread
-    usual = packed and rule.scale > 0.0 and rule.dropout_p == 0.0
+    usual = _packed(layout) and rule.scale > 0.0 and rule.dropout_p == 0.0
     if not usual or index != _compat_operators.current_device_index():
         return forward(query, key, value, layout, rule)[0]
+    out = empty(query, query.shape[0], query.shape[1], value.shape[2])
+    _in_one_launch(out, None, None, query, key, value, layout, rule, index)
+    return out
+
+
+def _packed(layout: Layout) -> bool:
+    """Whether it is as in packed graphs: every query sees its own key, and rows behind the last sequence are left alone."""
+    offsets = layout.cu_seq_q
+    return layout.tails_unread and layout.seqused_k is None and offsets is layout.cu_seq_k and offsets.is_contiguous()
+
+
+def _in_one_launch(
+    out: Tensor,
+    lse: Tensor | None,
+    rng_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+    index: int,
+) -> None:
+    """Writes the results of a forward in a packed graph to ``out`` and, if it is wanted, ``lse`` (T, H).
+
+    It is one launch, but in the first layer: lse stays as cuDNN writes it, there are no rows to set right, and layers share what
+    says where sequences lie.
+    """
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
     value, strides_v, at_v = _readable(value)
-    plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule, stats=False)
-    tokens, heads, _ = query.shape
-    out = empty(query, tokens, heads, value.shape[2])
+    strides, stats = (strides_q, strides_k, strides_v), lse is not None
+    plan = plan_of(False, query, key, value, strides, layout, rule, stats)
     stream = _compat_operators.current_stream_pointer(index)
     places = place_once(plan, layout, stream)
-    plan.run(index, stream, (at_q, at_k, at_v, out.data_ptr(), *places.pointers), places.workspace)
-    return out
+    results = (out.data_ptr(),) if lse is None else (out.data_ptr(), lse.data_ptr())
+    random = () if rng_state is None else _random_pointers(rng_state, rule)
+    plan.run(index, stream, (at_q, at_k, at_v, *results, *places.pointers, *random), places.workspace)
 
 
 def backward(
@@ -167,7 +199,8 @@ def backward_into(
         backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
         grads[0].mul_(sign)
         return None
-    layout, out = contiguous(layout), out.contiguous()
+    packed, out = _packed(layout), out.contiguous()
+    layout = layout if packed else contiguous(layout)
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
     value, strides_v, at_v = _readable(value)
@@ -180,9 +213,14 @@ def backward_into(
     strides = (strides_q, strides_k, strides_v, strides_g, *of_grads)
     plan = plan_of(True, query, key, value, strides, layout, rule)
     stream = _compat_operators.current_stream_pointer(index)
-    places = place_backward(plan, layout, lse, stream)
-    operands = (at_q, at_k, at_v, out.data_ptr(), places.stats, at_g, *at_grads)
-    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, rule)), places.workspace)
+    if packed and layout.lse_by_row and lse.is_contiguous() and not lse.data_ptr() & 15:
+        places, memory = place_once(plan, layout, stream), workspace(plan, query)
+        at_lse, at_workspace = lse.data_ptr(), memory.data_ptr()
+    else:
+        places = place_backward(plan, layout, (lse.t() if layout.lse_by_row else lse).contiguous(), stream)
+        at_lse, at_workspace = places.stats, places.workspace
+    operands = (at_q, at_k, at_v, out.data_ptr(), at_lse, at_g, *at_grads)
+    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, rule)), at_workspace)
     if not (plan.key.square and layout.tails_unread):
         finish_backward(plan, layout, grads)
     return None
@@ -281,9 +319,11 @@ def _readable(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     return x, x.stride(), x.data_ptr()
 
 
-def _new_rng_state(query: Tensor) -> Tensor:
+def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
+    if rule.dropout_p == 0.0:
+        return empty(query, 0, dtype=torch.uint64)
     # Drawn on the device: no wait, and a CUDA graph draws anew at each replay.
-    return torch.randint(0, 2**31, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
+    return empty(query, 2, dtype=torch.int64).random_(0, 2**31).view(torch.uint64)
 
 
 def _random_pointers(rng_state: Tensor, rule: Rule) -> tuple[int, ...]:
@@ -293,4 +333,13 @@ def _random_pointers(rng_state: Tensor, rule: Rule) -> tuple[int, ...]:
     return rng_state.data_ptr(), rng_state.data_ptr() + 8
 
 
-BACKEND = Backend("cudnn", supports, forward, backward, backward_into=backward_into, forward_alone=forward_alone)
+BACKEND = Backend(
+    "cudnn",
+    supports,
+    forward,
+    backward,
+    backward_into=backward_into,
+    forward_alone=forward_alone,
+    lse_by_row=True,
+    takes_seeds=True,
+)

@@ -57,7 +57,9 @@ class Key(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The memory of one call, in one piece: the workspace, the numbers of queries and of keys, the offsets of each tensor, stats.
+    """The memory of one call in one piece: the workspace, the numbers of queries and of keys, the offsets of each tensor, stats.
+
+    A call that needs no stats, or brings its own workspace, can do without the ends of it.
 
     Places are in bytes and multiples of 16, which cuDNN's pointers must be.
     """
@@ -72,7 +74,7 @@ class Scratch(NamedTuple):
     """Where (T, H) float32 begin."""
     arguments: tuple[int, ...]
     """Of the kernel that writes offsets and numbers, as far as they follow from the plan: how many of each it writes, ``pitch``,
-    where the numbers of queries are, in numbers of 32 bits, the rows' strides of ``BACKWARD``, and whether offsets are wide."""
+    the rows' strides of ``BACKWARD``, and whether offsets are wide."""
 
 
 def scratch_of(key: Key, token_strides: tuple[int, ...], workspace_size: int) -> Scratch:
@@ -85,7 +87,7 @@ def scratch_of(key: Key, token_strides: tuple[int, ...], workspace_size: int) ->
     # The kernel that writes offsets writes those of stats, too, where there are none.
     stats = offsets + max(len(token_strides), len(FORWARD)) * step
     padding = (0,) * (len(BACKWARD) - len(token_strides))
-    arguments = (key.sequences, pitch, lengths // 4, *token_strides, *padding, key.wide)
+    arguments = (key.sequences, pitch, *token_strides, *padding, key.wide)
     pointers = (*range(offsets, offsets + len(token_strides) * step, step), lengths, lengths + row)
     return Scratch(pitch, lengths, pointers, stats, arguments)
 

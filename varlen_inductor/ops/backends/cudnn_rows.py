@@ -6,7 +6,7 @@ given to it as one with neither. Without Triton, PyTorch operations do the same.
 
 Most calls write their offsets anew, though layers share them. That a tensor still holds what it held cannot be told: generated
 kernels and replayed CUDA graphs write to one and leave its version alone. Only of offsets that we made ourselves is it known
-(`kept`). And lse is turned, though our own backward would read it as cuDNN wrote it: another kernel's may come instead.
+(`kept`). And lse is turned, but where the graph was lowered to take it as it is (``lse_by_row``).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -45,37 +45,42 @@ class Places(NamedTuple):
 
     buffer: Tensor
     """Owns the memory: float32 for stats, laid out as ``Plan.scratch`` says."""
+    tables: int
+    """Where, in numbers of 32 bits, the numbers of queries begin; in front of them is the workspace, if there is one."""
     workspace: int
+    """Of nothing if there is no memory for it, as in a backward that reads lse as it is."""
     stats: int
+    """Of nothing if there are none."""
     pointers: tuple[int, ...]
     """Of the offsets of each tensor in the plan's order, then of the numbers of queries and of keys."""
 
 
 def place(plan: Plan, layout: Layout, like: Tensor, stats: int, stream: int) -> Places:
-    """Write down where the sequences lie, for a forward.
+    """Write down where the sequences lie; for a forward there is memory for its workspace, too.
 
     Args:
         like: on the device of the operands.
-        stats: how many numbers of them the forward writes.
+        stats: for how many numbers of them there must be memory.
         stream: the current one, as a number.
     """
-    places = _new_places(plan, like, stats)
+    places = _new_places(plan, like, stats, with_workspace=not plan.key.backward)
     if not _with_triton(like):
         _place(plan, layout, places)
         return places
     has_used = layout.seqused_k is not None
     key = (plan.number, has_used)
     grid = (-(-(plan.key.sequences + 1) // SEQUENCES), 1, 1)
-    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used, SEQUENCES)
-    if not _launch_place.again(grid, key, stream, places.workspace, *_addresses(layout), *numbers):
+    numbers = (layout.cu_seq_q.shape[0] - 1, *_arguments(plan, places), has_used, plan.key.backward, SEQUENCES)
+    if not _launch_place.again(grid, key, stream, places.buffer.data_ptr(), *_addresses(layout), *numbers):
         _launch_place(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers)
     return places
 
 
 def place_once(plan: Plan, layout: Layout, stream: int) -> Places:
-    """The same for forwards without stats on one stream, with the same offsets for queries and keys: once for all that share them.
+    """The same without stats, on one stream, with the same offsets for queries and keys: once for all that share them.
 
-    They share the workspace, too: no one of them begins before the one before it has ended. Both are there as long as the offsets.
+    Forwards share the workspace, too: no one of them begins before the one before it has ended. All of it is there as long as the
+    offsets, which would be long for the workspace of a backward: that is as large as its results (`workspace`).
     """
     offsets = layout.cu_seq_q
     memory = kept.with_tensor(offsets)
@@ -88,13 +93,18 @@ def place_once(plan: Plan, layout: Layout, stream: int) -> Places:
     return places
 
 
+def workspace(plan: Plan, like: Tensor) -> Tensor:
+    """Memory for the workspace of one call, on the device of ``like``."""
+    return empty(like, plan.scratch.lengths, dtype=torch.uint8)
+
+
 def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Places:
     """The same for a backward; also stats (T, H): lse (H, T), but +inf for a query that sees no key.
 
     Every weight is computed as exp(score - lse), so with +inf there is none, whatever became of the scores.
     """
     heads, tokens = lse.shape
-    places = _new_places(plan, lse, lse.numel())
+    places = _new_places(plan, lse, lse.numel(), with_workspace=True)
     if not _with_triton(lse):
         _place(plan, layout, places)
         stats_of(plan, places, tokens).copy_(lse.masked_fill(lse == -math.inf, math.inf).t())
@@ -102,9 +112,9 @@ def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Plac
     has_used, address = layout.seqused_k is not None, lse.data_ptr()
     key = (plan.number, has_used, kind(tokens), address % 16)
     grid = (-(-(plan.key.sequences + 1) // SEQUENCES) - (-tokens // ROWS), 1, 1)
-    numbers = (layout.cu_seq_q.shape[0] - 1, *plan.scratch.arguments, has_used)
+    numbers = (layout.cu_seq_q.shape[0] - 1, *_arguments(plan, places), has_used)
     sizes = (tokens, heads, _power_of_two(heads), ROWS, SEQUENCES)
-    args = (places.workspace, *_addresses(layout), *numbers, address, places.stats, *sizes)
+    args = (places.buffer.data_ptr(), *_addresses(layout), *numbers, address, places.stats, *sizes)
     if not _launch_place_backward.again(grid, key, stream, *args):
         stats = stats_of(plan, places, tokens)
         _launch_place_backward(grid, key, places.buffer.view(torch.int32), *_ends(layout), *numbers, lse, stats, *sizes)
@@ -113,7 +123,7 @@ def place_backward(plan: Plan, layout: Layout, lse: Tensor, stream: int) -> Plac
 
 def stats_of(plan: Plan, places: Places, tokens: int) -> Tensor:
     """Stats (T, H), float32: lse with the heads of a row side by side."""
-    return places.buffer[plan.scratch.stats // 4 :].view(tokens, plan.key.heads)
+    return places.buffer[places.tables + (plan.scratch.stats - plan.scratch.lengths) // 4 :].view(tokens, plan.key.heads)
 
 
 def finish_forward(plan: Plan, layout: Layout, places: Places, out: Tensor, lse: Tensor, stream: int) -> None:
@@ -186,18 +196,26 @@ def _addresses(layout: Layout) -> tuple[int, int, int]:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _new_places(plan: Plan, like: Tensor, stats: int) -> Places:
+def _new_places(plan: Plan, like: Tensor, stats: int, with_workspace: bool) -> Places:
     """Uninitialized."""
     scratch = plan.scratch
-    buffer = empty(like, scratch.stats // 4 + stats, dtype=torch.float32)
-    start = buffer.data_ptr()
-    return Places(buffer, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
+    left_out = 0 if with_workspace else scratch.lengths
+    buffer = empty(like, (scratch.stats - left_out) // 4 + stats, dtype=torch.float32)
+    start = buffer.data_ptr() - left_out
+    tables = (scratch.lengths - left_out) // 4
+    return Places(buffer, tables, start, start + scratch.stats, tuple(map(start.__add__, scratch.pointers)))
+
+
+def _arguments(plan: Plan, places: Places) -> tuple[int | bool, ...]:
+    """Of the kernel that writes them, behind the number of sequences."""
+    return *plan.scratch.arguments[:2], places.tables, *plan.scratch.arguments[2:]
 
 
 def _place(plan: Plan, layout: Layout, places: Places) -> None:
     """The layout of sequences in PyTorch operations."""
     buffer = places.buffer.view(torch.int32)
-    pitch, start, stop = plan.scratch.pitch, plan.scratch.lengths // 4, plan.scratch.stats // 4
+    pitch, start = plan.scratch.pitch, places.tables
+    stop = start + (plan.scratch.stats - plan.scratch.lengths) // 4
     queries, keys = _lengths(layout)
     lengths = buffer[start : start + 2 * pitch].view(2, pitch).zero_()
     lengths[0, : queries.shape[0]] = queries
@@ -329,6 +347,7 @@ if triton is not None:
         stride_dv,
         WIDE: tl.constexpr,
         HAS_USED: tl.constexpr,
+        BACKWARD: tl.constexpr,
         SEQUENCES: tl.constexpr,
     ):
         _write_places(
@@ -352,7 +371,7 @@ if triton is not None:
             stride_dv,
             WIDE,
             HAS_USED,
-            False,
+            BACKWARD,
             SEQUENCES,
         )
 

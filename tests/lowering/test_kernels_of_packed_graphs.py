@@ -1,0 +1,325 @@
+"""Kernels that write lse by row are taken at their word, and all others are given and give it as they always do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from attention_cases import assert_close, make_case
+from helpers import MaskedAttention, padded_batch
+from varlen_inductor.lowering import attention, direct
+from varlen_inductor.ops import attention as operators
+from varlen_inductor.ops import backends
+from varlen_inductor.ops.backends import cpu, fallback, kept, math
+from varlen_inductor.ops.problem import Layout, Rule
+
+ASK = attention._in_one_launch
+
+seen: list[tuple[str, str]] = []
+"""How the kernels' forwards gave lse, and how their backwards were given it."""
+
+offsets: list[dict[Any, Any] | None] = []
+"""What was kept with the offsets that the stand-in was given."""
+
+drawn: list[list[int]] = []
+"""The random numbers that the stand-in was given."""
+
+
+def _order(lse: Tensor, layout: Layout) -> str:
+    assert lse.is_contiguous()
+    return "by row" if layout.lse_by_row else "as ever"
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, rng_state = cpu.BACKEND.forward(query, key, value, layout, rule)
+    seen.append(("forward", "by row" if layout.lse_by_row else "as ever"))
+    lse = lse.t().contiguous() if layout.lse_by_row else lse
+    offsets.append(kept.with_tensor(layout.cu_seq_q))
+    return out, lse, rng_state
+
+
+def _forward_as_told(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Drops what it is given numbers for."""
+    given = layout.seeds
+    if given is None:
+        return _forward(query, key, value, layout, rule)
+    drawn.append(given.tolist())
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(math, "new_rng_state", lambda dropout_p, device: given.view(torch.uint64))
+        return *_forward(query, key, value, layout, rule)[:2], torch.empty(0, dtype=torch.uint64)
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    layout = rest[-2]
+    seen.append(("backward", _order(lse, layout)))
+    offsets.append(kept.with_tensor(layout.cu_seq_q))
+    lse = lse.t() if layout.lse_by_row else lse
+    return cpu.BACKEND.backward(grad_out, grad_lse, out, lse.contiguous(), *rest)
+
+
+def _other_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    seen.append(("other backward", _order(lse, rest[-2])))
+    return cpu.BACKEND.backward(grad_out, grad_lse, out, lse, *rest)
+
+
+BY_ROW = dataclasses.replace(
+    cpu.BACKEND, supports=lambda p: None, forward=_forward, backward=_backward, backward_into=None, lse_by_row=True
+)
+AS_TOLD = dataclasses.replace(BY_ROW, forward=_forward_as_told, takes_seeds=True)
+OTHER = dataclasses.replace(math.BACKEND, name="other", supports=lambda p: None, backward=_other_backward, backward_into=None)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One that gives lse by row, and one that does not."""
+    monkeypatch.setattr(backends, "BACKENDS", (BY_ROW, OTHER))
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
+    monkeypatch.setattr(attention, "_in_one_launch", _as_if_on_cuda)
+    backends.choose.cache_clear()
+    seen.clear()
+    offsets.clear()
+    drawn.clear()
+    yield
+    backends.choose.cache_clear()
+    fallback.forget()
+
+
+class OnCuda:
+    """A fake of the CPU, but for the device's type, which the kernels of choice are asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.shape, self.dtype, self.device = x, x.shape, x.dtype, torch.device("cuda", 0)
+
+
+def _as_if_on_cuda(query: Any, key: Any, value: Any, *args: Any) -> bool:
+    return ASK(OnCuda(query), OnCuda(key), OnCuda(value), *args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cpu", "other"])
+def test_training(kernels: str) -> None:
+    model, (x, valid) = MaskedAttention(), padded_batch()
+    options = {"varlen.kernels": kernels, "varlen.round_tokens": 4}
+    compiled = torch.compile(model, backend="varlen_inductor", options=options)
+    x.requires_grad_()
+
+    def step(function: Any) -> tuple[Tensor, ...]:
+        out = function(x, valid)[valid]
+        return (out.detach(), *torch.autograd.grad(out.square().sum(), (x, *model.parameters())))
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, code = run_and_get_code(lambda: step(compiled))
+    for actual, expected in zip(found, step(model)):
+        assert torch.allclose(actual, expected, atol=1e-5)
+    forward, backward = re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
+    assert ("lse_by_row=True" in forward) == (kernels != "other")
+    assert ("lse_by_row=True" in backward) == (kernels != "other")
+    if kernels == "other":
+        assert set(seen) == {("other backward", "as ever")}
+    else:
+        assert set(seen) == {("forward", "by row"), ("backward", "by row")}
+        assert offsets[0] is not None
+        assert all(found is offsets[0] for found in offsets), "the backward finds what the forward kept"
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(["cpu", "other"], repeat=2)))
+def test_any_backward_follows_any_forward(first: str, second: str, joined: bool) -> None:
+    case = make_case((5, 9), heads=(3, 3))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    options: dict[str, Any] = {"tails_unread": True, "scale": 0.5}
+    expected = operators.varlen_attn(*operands, **options, kernels="other")
+    grad = torch.randn_like(expected[0])
+    wanted = operators.varlen_attn_backward(grad, None, *expected, *operands, **options, kernels="other")
+    function = "backward_joined" if joined else "backward"
+    operator = getattr(torch.ops.varlen_inductor, f"varlen_attn_{function}")
+    for forward, backward in (
+        (operators.varlen_attn, operator),
+        (direct.forward, getattr(direct, function)),
+        (
+            direct.site("forward", kernels=first, lse_by_row=True, **options),
+            direct.site(function, kernels=second, lse_by_row=True, **options),  # type: ignore[arg-type]
+        ),
+    ):
+        of_site = forward not in (operators.varlen_attn, direct.forward)
+        given = {} if of_site else {**options, "kernels": first, "lse_by_row": True}
+        out, lse, rng_state = forward(*operands, **given)
+        assert lse.is_contiguous()
+        for actual, one in zip((out, lse.t()), expected):
+            assert_close(actual, one, torch.float32, "result")
+        given = {} if of_site else {**options, "kernels": second, "lse_by_row": True}
+        found = backward(grad, None, out, lse, rng_state, *operands, **given)
+        found = found.split([x[0].numel() for x in operands[:3]], 1) if joined else found
+        for actual, one in zip(found, wanted):
+            assert_close(actual.reshape(one.shape), one, torch.float32, "gradient")
+
+
+def test_a_kernel_that_fails_is_followed_by_one_that_does_as_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(BY_ROW, forward=broken, backward=broken), OTHER))
+    backends.choose.cache_clear()
+    case = make_case((5, 9), heads=(3, 3))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: no luck"):
+        results = direct.site("forward", kernels="auto", lse_by_row=True)(*operands)
+    out, lse, rng_state = results
+    assert lse.shape == (14, 3)
+    with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: no luck"):
+        direct.site("backward", kernels="auto", lse_by_row=True)(out, None, out, lse, rng_state, *operands)
+    assert seen == [("other backward", "as ever")]
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (1,), (0,), ()], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_operator(lengths: tuple[int, ...], heads: int) -> None:
+    """Results are as the fake says, also where there is nothing to attend to; in eager mode they have a gradient."""
+    case = make_case(lengths, heads=(heads, heads), lse_by_row=True)
+    for kernels in ("cpu", "other"):
+        options = {**case.options, "kernels": kernels}
+        out, lse, _ = operators.varlen_attn(*case.operands, **options)
+        plain = operators.varlen_attn(*case.operands, **{**options, "lse_by_row": False})
+        assert torch.equal(lse.t(), plain[1])
+        losses = [x.square().sum() + y.masked_fill(y.isinf(), 0.0).cos().sum() for x, y in ((out, lse), plain[:2])]
+        grads, wanted = (torch.autograd.grad(loss, case.operands[:3]) for loss in losses)
+        for actual, expected in zip(grads, wanted):
+            assert torch.allclose(actual, expected, atol=1e-6)
+        torch.library.opcheck(operators.varlen_attn, case.operands, options)
+
+
+def test_hooks_that_lose_strides() -> None:
+    """What is saved is contiguous, as it was before: such hooks, ``save_on_cpu(pin_memory=True)`` among them, do no harm."""
+    x, valid = padded_batch()
+    model = Mixing(recompute=False).eval()
+    compiled = torch.compile(lambda *args: model(*args).sin(), backend="varlen_inductor", options={"varlen.round_tokens": 4})
+    anchor = torch.randn_like(x, requires_grad=True)
+    packed: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x.clone(memory_format=torch.contiguous_format)
+
+    expected = torch.autograd.grad(model(x, anchor, valid).sin()[valid].square().sum(), anchor)[0]
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)):
+        seen.clear()
+        with hooks:
+            out = compiled(x, anchor, valid)[valid]
+        assert torch.allclose(torch.autograd.grad(out.square().sum(), anchor)[0], expected, atol=1e-5)
+        assert set(seen) == {("forward", "by row"), ("backward", "by row")}
+    assert packed
+    assert all(saved.is_contiguous() for saved in packed)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """Linear in ``x``: queries and keys come from elsewhere."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+
+    def mix(self, x: Tensor, anchor: Tensor, valid: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (anchor, anchor.cos(), x))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :], dropout_p=0.4 * self.training)
+        return x + F.dropout(y.transpose(1, 2).flatten(-2), 0.4, self.training)
+
+    def forward(self, x: Tensor, anchor: Tensor, valid: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(self.mix, x, anchor, valid, use_reentrant=False) if self.recompute else self.mix(x, anchor, valid)
+        return x
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["", "fallback_random"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
+def test_inductor_draws_the_numbers(recompute: bool, fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is linear in x is its gradient times x; with other weights dropped in the backward it would not be."""
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    anchor, model = torch.randn_like(x), Mixing(recompute)
+    x.requires_grad_()
+    with torch._inductor.config.patch(fallback_random=fallback, force_disable_caches=True):
+        compiled = torch.compile(model, backend="varlen_inductor", options={"varlen.round_tokens": 4})
+        outs = []
+        for _ in range(3):
+            torch.manual_seed(len(outs) // 2)
+            y = compiled(x, anchor, valid)
+            cotangent = torch.randn_like(y) * valid[..., None]
+            (grad,) = torch.autograd.grad(y, x, cotangent)
+            assert torch.allclose((y * cotangent).sum(), (grad * x).sum(), rtol=1e-4)
+            outs.append(y.detach())
+    assert torch.equal(outs[0], outs[1]), "the same seed"
+    assert not torch.equal(outs[1], outs[2])
+    calls = len(drawn) // 3
+    assert calls >= 2
+    assert all(0 <= number < 2**31 for numbers in drawn for number in numbers)
+    assert len({tuple(numbers) for numbers in drawn[:calls]}) == 2, "every layer its own, in the backward again"
+    assert {tuple(numbers) for numbers in drawn[-calls:]}.isdisjoint(map(tuple, drawn[:calls]))
+
+
+def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", (BY_ROW, AS_TOLD))
+    backends.choose.cache_clear()
+    case = make_case((5, 9), dropout_p=0.5)
+    problem = operators.Problem.of(*case.operands[:3], operators.split_arguments(case.query, *case.operands[3:])[0], Rule(1.0))
+    refused = operators.choose(problem._replace(seeded=True)).refused
+    assert refused == {"cpu": "it draws its own seeds"}
+    numbers = torch.tensor([3, 4])
+    results = []
+    for _ in range(2):
+        out, _, rng_state = operators.varlen_attn(*case.operands, **case.options, seeds=numbers)
+        assert rng_state.numel() == 0
+        results.append((out, *torch.autograd.grad(out.square().sum(), case.operands[:3])))
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+    assert drawn == [[3, 4]] * 2
+    loss = lambda value: operators.varlen_attn(*case.operands[:2], value, *case.operands[3:], **case.options, seeds=numbers)[0].sum()  # noqa: E501, E731
+    (grad,) = torch.autograd.grad(loss(case.value), case.value)
+    assert torch.allclose((grad * case.value).sum(), loss(case.value), rtol=1e-4)
+    torch.library.opcheck(operators.varlen_attn, case.operands, {**case.options, "seeds": numbers})
+    with pytest.raises(TypeError, match="seeds"):
+        operators.varlen_attn(*case.operands, **case.options, seeds=numbers.int())
+    with pytest.raises(ValueError, match="seeds"):
+        operators.varlen_attn(*case.operands, **case.options, seeds=numbers[:1])
+
+
+def test_it_is_asked_for_where_only_a_backward_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where nothing has to be done around the kernel."""
+    rule = Rule(1.0)
+    with FakeTensorMode():
+        rows = torch.empty(14, 2, 8, device="cuda")
+        ends, others = (torch.empty(3, dtype=torch.int32, device="cuda") for _ in range(2))
+        packed = Layout(ends, ends, 9, 9, tails_unread=True)
+        ask = functools.partial(ASK, rows, rows, rows)
+        assert ask(packed, rule, None)
+        assert ask(packed, rule, "cpu")
+        assert not ask(packed, rule, "other")
+        assert not ask(packed, rule._replace(dropout_p=0.5), None), "it takes no seeds"
+        assert not ask(packed._replace(tails_unread=False), rule, None), "the caller may read lse"
+        assert not ask(packed._replace(cu_seq_k=others), rule, None), "queries may see no key"
+        assert not ask(packed._replace(seqused_k=ends), rule, None), "queries may see no key"
+        assert not ASK(*[x.cpu() for x in (rows, rows, rows)], packed, rule, None)
+        for backward in (False, True):
+            with monkeypatch.context() as context:
+                problem = operators.Problem.of(rows, rows, rows, packed, rule)
+                context.setattr(fallback, "_failed", {(problem, backward): frozenset({"cpu"})})
+                assert not ask(packed, rule, None), "another kernel runs"
+        size = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
+        assert not ask(packed._replace(max_q=size), rule, None), "the choice is made when it runs"
