@@ -68,14 +68,14 @@ def _in_one_launch(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
 
 
 def _is_turned(lse: Tensor) -> bool:
-    """Whether it was given by row to begin with. (Nothing is asked of a symbol.)"""
-    step, heads = lse.stride()
-    return isinstance(step, int) and isinstance(heads, int) and step == 1 and heads == lse.shape[0] > 1
+    """Whether lse (H, T) was given by row to begin with. (Nothing is asked of a symbol.)"""
+    numbers = (lse.shape[0], *lse.stride())
+    return all(isinstance(n, int) for n in numbers) and numbers[0] > 1 and numbers[1:] == (1, numbers[0])
 
 
-def _again(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any, **options: Any) -> Any:
-    """The backward operator, given lse by row if it was given so by the forward."""
-    if _is_turned(lse):
+def _again(turned: bool, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any, **options: Any) -> Any:
+    """The backward operator, given lse by row if it was by row before it was turned."""
+    if turned:
         lse, grad_lse, options["lse_by_row"] = lse.t(), None if grad_lse is None else grad_lse.t(), True
     return _ops.varlen_attn_backward.default(grad_out, grad_lse, out, lse, *args, **options)
 
@@ -141,19 +141,20 @@ def _backward(
 ) -> Any:
     layout, rule, kernels = split_arguments(query, *args, **options)
     operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
+    turned = not layout.lse_by_row and _is_turned(lse)
     if rng_state.dtype == torch.int64:  # the seeds that a forward was given
-        if kernels == seed_takers() and not _is_turned(lse):
+        if kernels == seed_takers() and not turned:
             return NotImplemented
-        return _again(*operands, *args, **{**options, "kernels": seed_takers()})
+        return _again(turned, *operands, *args, **{**options, "kernels": seed_takers()})
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
     if ranking is not None and ranking != kernels:
-        return _again(*operands, *args, **{**options, "kernels": ranking})
-    if not layout.lse_by_row and _is_turned(lse):
-        return _again(*operands, *args, **options)
+        return _again(turned, *operands, *args, **{**options, "kernels": ranking})
+    if turned:
+        return _again(turned, *operands, *args, **options)
     direct = _direct(query, key, value, layout, rule, kernels, backward=True)
     if direct and grad_lse is not None and rule.dropout_p > 0.0 and kernels != "aten_flash":
         # The forward became the ATen operator, and no other kernel draws again what it drew.
-        return _again(*operands, *args, **{**options, "kernels": "aten_flash"})
+        return _again(turned, *operands, *args, **{**options, "kernels": "aten_flash"})
     if grad_lse is not None or not direct:
         return NotImplemented
     return _aten._flash_attention_backward.default(

@@ -39,7 +39,7 @@ drawn: list[list[int]] = []
 
 
 def _order(lse: Tensor, layout: Layout) -> str:
-    assert lse.is_contiguous()
+    assert layout.lse_by_row or lse.is_contiguous()
     return "by row" if layout.lse_by_row else "as ever"
 
 
@@ -202,6 +202,28 @@ def test_the_operator(lengths: tuple[int, ...], heads: int) -> None:
         torch.library.opcheck(operators.varlen_attn, case.operands, options)
 
 
+@pytest.mark.parametrize("rows", [14, 3])
+def test_lse_by_row_that_is_turned_in_memory(rows: int) -> None:
+    """By row it is (T, H) in any strides, also where these look like those of lse that was turned."""
+    case = make_case((rows,), heads=(3, 3))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    out, lse, rng_state = operators.varlen_attn(*operands)
+    turned, grad = lse.t(), torch.randn_like(out)
+    expected = operators.varlen_attn_backward(grad, None, out, lse, rng_state, *operands, kernels="other")
+    for numbers in (rng_state, torch.tensor([3, 4])):
+
+        def differentiate(grad: Tensor, turned: Tensor, numbers: Tensor = numbers) -> Any:
+            options = {"lse_by_row": True, "kernels": "cpu"}
+            return operators.varlen_attn_backward(grad, None, out, turned, numbers, *operands, **options)
+
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+            backends.choose.cache_clear()
+            found = torch.compile(differentiate, dynamic=False)(grad, turned)
+        for one, other in zip(found, expected):
+            assert_close(one, other, torch.float32, "gradient")
+
+
 def test_hooks_that_lose_strides() -> None:
     """What is saved is contiguous, as it was before: such hooks, ``save_on_cpu(pin_memory=True)`` among them, do no harm."""
     x, valid = padded_batch()
@@ -275,12 +297,12 @@ def test_inductor_draws_the_numbers(recompute: bool, fallback: bool, monkeypatch
 
 
 def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "BACKENDS", (BY_ROW, AS_TOLD))
+    monkeypatch.setattr(backends, "BACKENDS", (OTHER, AS_TOLD))
     backends.choose.cache_clear()
     case = make_case((5, 9), dropout_p=0.5)
     problem = operators.Problem.of(*case.operands[:3], operators.split_arguments(case.query, *case.operands[3:])[0], Rule(1.0))
     refused = operators.choose(problem._replace(seeded=True)).refused
-    assert refused == {"cpu": "it draws its own seeds"}
+    assert refused == {"other": "it draws its own seeds"}
     numbers = torch.tensor([3, 4])
     results = []
     for _ in range(2):
@@ -290,10 +312,13 @@ def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -
     for one, other in zip(*results):
         assert torch.equal(one, other)
     assert drawn == [[3, 4]] * 2
-    loss = lambda value: operators.varlen_attn(*case.operands[:2], value, *case.operands[3:], **case.options, seeds=numbers)[0].sum()  # noqa: E501, E731
-    (grad,) = torch.autograd.grad(loss(case.value), case.value)
-    assert torch.allclose((grad * case.value).sum(), loss(case.value), rtol=1e-4)
+    total = operators.varlen_attn(*case.operands, **case.options, seeds=numbers)[0].sum()
+    (grad,) = torch.autograd.grad(total, case.value)
+    assert torch.allclose((grad * case.value).sum(), total, rtol=1e-4), "other weights are dropped in the backward"
     torch.library.opcheck(operators.varlen_attn, case.operands, {**case.options, "seeds": numbers})
+    plain = {**case.options, "dropout_p": 0.0, "kernels": "other"}
+    nothing_drawn = operators.varlen_attn(*case.operands, **plain, seeds=numbers)[0]
+    assert torch.equal(nothing_drawn, operators.varlen_attn(*case.operands, **plain)[0])
     with pytest.raises(TypeError, match="seeds"):
         operators.varlen_attn(*case.operands, **case.options, seeds=numbers.int())
     with pytest.raises(ValueError, match="seeds"):

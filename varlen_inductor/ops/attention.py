@@ -135,8 +135,13 @@ def _backward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = default_kernels() if kernels is None else kernels
+    kernels = kernels_after(rng_state, default_kernels() if kernels is None else kernels)
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
+
+
+def kernels_after(rng_state: Tensor, kernels: str) -> str:
+    """``kernels`` for a backward; where the forward was given seeds (int64), those that take them: no other drops the same."""
+    return seed_takers() if rng_state.dtype == torch.int64 else kernels
 
 
 def run_forward(
@@ -304,8 +309,6 @@ class _VarlenAttn(torch.autograd.Function):
         query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k = args
         tensors = {name: options.pop(name) for name in _TENSOR_OPTIONS if name in options}
         seeds = options.pop("seeds", None)
-        if seeds is not None:
-            options["kernels"] = seed_takers()  # no other kernel drops the same
         drawn_from = rng_state if seeds is None else seeds
         ctx.save_for_backward(out, lse, drawn_from, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
         ctx.options, ctx.tensor_names = options, tuple(tensors)
@@ -319,7 +322,7 @@ class _VarlenAttn(torch.autograd.Function):
         out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors = ctx.saved_tensors
         options = {**ctx.options, **dict(zip(ctx.tensor_names, tensors, strict=True))}
         layout, rule, kernels = split_arguments(query, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, **options)
-        kernels = default_kernels() if kernels is None else kernels
+        kernels = kernels_after(rng_state, default_kernels() if kernels is None else kernels)
         gradients = through_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
         return None, None, *gradients, None, None, None, None
 

@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     tails_unread: bool = False
     """As of the layout: kernels that would read or leave anything behind the last sequence need no help then."""
     seeded: bool = False
-    """As of the layout, whether there are seeds."""
+    """Whether something is dropped by the seeds of the layout."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Problem:
@@ -104,7 +104,7 @@ class Problem(NamedTuple):
             0 if layout.block_table is None else int(key.shape[1]),
             rule.batch_invariant,
             layout.tails_unread,
-            layout.seeds is not None,
+            layout.seeds is not None and rule.dropout_p > 0.0,
         )
 
     @property

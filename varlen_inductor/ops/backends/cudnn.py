@@ -85,7 +85,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
             return with_lse_as_asked(forward(query, key, value, layout._replace(lse_by_row=False), rule), layout)
         tokens, heads, _ = query.shape
         out, lse, rng_state = empty_results(query, tokens, heads, value.shape[2])
-        seeds = layout.seeds
+        seeds = None if layout.seeds is None else layout.seeds.contiguous()
         if seeds is None and rule.dropout_p > 0.0:
             seeds = rng_state = _new_rng_state(query, rule)
         _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
@@ -199,7 +199,7 @@ def backward_into(
         backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
         grads[0].mul_(sign)
         return None
-    packed, out = _packed(layout), out.contiguous()
+    packed, out, rng_state = _packed(layout), out.contiguous(), rng_state.contiguous()
     layout = layout if packed else contiguous(layout)
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
