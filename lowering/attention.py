@@ -53,7 +53,7 @@ def _direct(
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
-def _in_one_launch(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
+def _is_one_launch(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
     """Whether the kernels of choice, each way, need nothing around them if they may leave lse as they write it, and take seeds.
 
     Nobody but a backward reads it then. Where a bound of the lengths is a symbol, the choice is made when the graph runs.
@@ -95,7 +95,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     ahead_of_time = _compat_inductor.compiles_ahead_of_time()
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
     changed: dict[str, Any] = {} if ahead_of_time or ranking in (None, kernels) else {"kernels": ranking}
-    if not ahead_of_time and not layout.lse_by_row and _in_one_launch(query, key, value, layout, rule, ranking or kernels):
+    if not ahead_of_time and not layout.lse_by_row and _is_one_launch(query, key, value, layout, rule, ranking or kernels):
         changed["lse_by_row"] = True
         if rule.dropout_p > 0.0 and layout.seeds is None:
             # Inductor draws the seeds of a graph at once, and knows what must be drawn again. No other kernel drops the same.

@@ -26,7 +26,7 @@ from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import cpu, fallback, kept, math
 from varlen_inductor.ops.problem import Layout, Rule
 
-ASK = attention._in_one_launch
+ASK = attention._is_one_launch
 
 seen: list[tuple[str, str]] = []
 """How the kernels' forwards gave lse, and how their backwards were given it."""
@@ -89,7 +89,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One that gives lse by row, and one that does not."""
     monkeypatch.setattr(backends, "BACKENDS", (BY_ROW, OTHER))
     monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
-    monkeypatch.setattr(attention, "_in_one_launch", _as_if_on_cuda)
+    monkeypatch.setattr(attention, "_is_one_launch", _as_if_on_cuda)
     backends.choose.cache_clear()
     seen.clear()
     offsets.clear()
@@ -315,6 +315,9 @@ def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -
     total = operators.varlen_attn(*case.operands, **case.options, seeds=numbers)[0].sum()
     (grad,) = torch.autograd.grad(total, case.value)
     assert torch.allclose((grad * case.value).sum(), total, rtol=1e-4), "other weights are dropped in the backward"
+    out, lse, rng_state = operators.varlen_attn(*[x.detach() if isinstance(x, Tensor) else x for x in case.operands])
+    operators.varlen_attn_backward(out, None, out, lse, numbers, *case.operands, **case.options)
+    assert {name for name, _ in seen} == {"forward", "backward"}, "the first kernel, which takes none, was asked"
     torch.library.opcheck(operators.varlen_attn, case.operands, {**case.options, "seeds": numbers})
     plain = {**case.options, "dropout_p": 0.0, "kernels": "other"}
     nothing_drawn = operators.varlen_attn(*case.operands, **plain, seeds=numbers)[0]

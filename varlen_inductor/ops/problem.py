@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     block_table: Tensor | None = None
     """(N, pages of a sequence) int32: keys and values lie in pages (pages, page_size, H_k, D), and ``cu_seq_k`` says nothing."""
     lse_by_row: bool = False
-    """Whether lse is (T_q, H), contiguous, and so is its gradient."""
+    """Whether lse is (T_q, H), and so is its gradient."""
     seeds: Tensor | None = None
     """(2,) int64, from which a forward draws what it drops; without it the forward draws these numbers, too."""
 

@@ -80,7 +80,7 @@ def place_once(plan: Plan, layout: Layout, stream: int) -> Places:
     """The same without stats, on one stream, with the same offsets for queries and keys: once for all that share them.
 
     Forwards share the workspace, too: no one of them begins before the one before it has ended. All of it is there as long as the
-    offsets, which would be long for the workspace of a backward: that is as large as its results (`workspace`).
+    offsets, which would be long for the workspace of a backward: float32 for each row of the padded batch (`workspace`).
     """
     offsets = layout.cu_seq_q
     memory = kept.with_tensor(offsets)
