@@ -113,8 +113,8 @@ def measure_hosts() -> dict[str, dict[str, float]]:
             backward = partial(backend.backward, gradient, None, *forward(), query, key, value, layout, rule)
             backward()
             calls |= {(backend.name, f"forward{suffix}"): forward, (backend.name, f"backward{suffix}"): backward}
-        if backend.forward_alone is not None:
-            calls[backend.name, "forward, alone"] = partial(backend.forward_alone, query, key, value, as_packed, rule)
+        if backend.forward_drawn is not None:
+            calls[backend.name, "forward, alone"] = partial(backend.forward_drawn, query, key, value, as_packed, rule, False)
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     # In turns, and the least of all: whatever else a host does makes a call longer, and does so for a while.
     for _ in range(12):

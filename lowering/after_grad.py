@@ -10,6 +10,7 @@ import logging
 from torch import fx
 
 from varlen_inductor import config
+from varlen_inductor.lowering.drawn_seeds import read_seeds_in_place
 from varlen_inductor.lowering.joined_gradients import join_gradients
 from varlen_inductor.lowering.joined_products import join_products
 from varlen_inductor.lowering.row_sums import split_row_sums
@@ -24,6 +25,7 @@ PASSES = (
     split_row_sums,
     add_up_in_single,
     shorten_erf,
+    read_seeds_in_place,
 )
 
 

@@ -4,16 +4,17 @@ Our operator is Python to the dispatcher; a packed training step calls it twice 
 falls on the kernels of `aten_flash` and nothing has to be done around them, the node is decomposed into the ATen operator, which
 the generated code calls without any Python of ours (and which AOTInductor can call, too). Everywhere else the node stays one node,
 and the generated code calls the function behind the operator (`direct`), past the dispatcher, autograd and the checks that were
-made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`). In a packed graph a kernel that can
-leaves lse as it writes it, and is given the seeds of its dropout.
+made when the graph was traced. Under ``max_autotune`` the kernels are timed first (`autotune`). A kernel that can is given the
+seeds of its dropout, and in a packed graph leaves lse as it writes it. Where nothing is left to be drawn the operator says so.
 
     before                                                        after
     %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = aten._flash_attention_forward(%q, %k, %v, %cu, %cu, ...)
+    %o = varlen_inductor.varlen_attn(%q, %k, %v, %cu, %cu, ...)   %o = varlen_inductor.varlen_attn_drawn(%q, %k, %v, %cu, %cu, ...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from varlen_inductor import _compat_inductor, config
 from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose, fallback, seed_takers
+from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 _ops = torch.ops.varlen_inductor
@@ -53,18 +55,27 @@ def _direct(
     return choose(problem, kernels or config.kernels, backward).backend.name == "aten_flash"
 
 
-def _is_one_launch(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> bool:
-    """Whether the kernels of choice, each way, need nothing around them if they may leave lse as they write it, and take seeds.
-
-    Nobody but a backward reads it then. Where a bound of the lengths is a symbol, the choice is made when the graph runs.
-    """
-    if query.device.type != "cuda" or not layout.tails_unread or not isinstance(layout.max_q, int):
-        return False
-    if layout.seqused_k is not None or layout.cu_seq_q is not layout.cu_seq_k:
-        return False
+def _chosen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> tuple[Backend, ...]:
+    """The kernels of choice, forward and backward; none where that is found out when the graph runs."""
+    if query.device.type != "cuda" or not isinstance(layout.max_q, int):
+        return ()
     problem, kernels = Problem.of(query, key, value, layout, rule), kernels or config.kernels
-    chosen = [choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)]
-    return all(backend.lse_by_row and (backend.takes_seeds or rule.dropout_p == 0.0) for backend in chosen)
+    return tuple([choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)])
+
+
+def _seeds_for(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> str | None:
+    """The kernel that drops weights, if it is to be given the seeds. No other drops the same, so it must run both ways."""
+    if rule.dropout_p == 0.0 or layout.seeds is not None or layout.block_table is not None or len(set(chosen)) != 1:
+        return None
+    return chosen[0].name if chosen[0].takes_seeds else None
+
+
+def _is_one_launch(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
+    """Whether the kernels need nothing around them if they may leave lse as they write it: nobody but a backward reads it then."""
+    if not layout.tails_unread or layout.seqused_k is not None or layout.cu_seq_q is not layout.cu_seq_k:
+        return False
+    drawn = rule.dropout_p == 0.0 or layout.seeds is not None or _seeds_for(chosen, layout, rule) is not None
+    return drawn and bool(chosen) and all(backend.lse_by_row for backend in chosen)
 
 
 def _is_turned(lse: Tensor) -> bool:
@@ -86,6 +97,11 @@ def _aligned(x: Tensor) -> Tensor:
     return x if good else x.contiguous()
 
 
+def _nothing_drawn(device: torch.device) -> Tensor:
+    """The random state of an attention that draws nothing. A graph has one, for equal constants become one."""
+    return _aten.full.default([0], 0, dtype=torch.uint64, device=device)
+
+
 def _windows(rule: Rule) -> dict[str, Any]:
     return {"scale": rule.scale, "window_size_left": rule.window_left, "window_size_right": rule.window_right}
 
@@ -95,12 +111,13 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     ahead_of_time = _compat_inductor.compiles_ahead_of_time()
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
     changed: dict[str, Any] = {} if ahead_of_time or ranking in (None, kernels) else {"kernels": ranking}
-    if not ahead_of_time and not layout.lse_by_row and _is_one_launch(query, key, value, layout, rule, ranking or kernels):
-        changed["lse_by_row"] = True
-        if rule.dropout_p > 0.0 and layout.seeds is None:
-            # Inductor draws the seeds of a graph at once, and knows what must be drawn again. No other kernel drops the same.
-            changed["seeds"] = _aten.randint.low(0, 2**31, (2,), dtype=torch.int64, device=query.device)
-            changed["kernels"] = seed_takers()
+    if not ahead_of_time:
+        chosen = _chosen(query, key, value, layout, rule, ranking or kernels)
+        if not layout.lse_by_row and _is_one_launch(chosen, layout, rule):
+            changed["lse_by_row"] = True
+        if pinned := _seeds_for(chosen, layout, rule):
+            # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
+            changed |= {"seeds": _compat_inductor.two_seeds(query.device), "kernels": pinned}
     if changed:
         out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
         # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.
@@ -109,7 +126,11 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         out, lse, rng_state = _forward(query, key, value, *args, **{**options, "lse_by_row": False})
         return out, lse.t().contiguous(), rng_state
     if layout.lse_by_row or not _direct(query, key, value, layout, rule, kernels):
-        return ahead.attention(query, key, value, layout, rule) if ahead_of_time else NotImplemented
+        if ahead_of_time:
+            return ahead.attention(query, key, value, layout, rule)
+        if rule.dropout_p > 0.0 and layout.seeds is None:
+            return NotImplemented
+        return *_ops.varlen_attn_drawn.default(query, key, value, *args, **options), _nothing_drawn(query.device)
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),
         _aligned(key),
@@ -124,7 +145,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         **_windows(rule),
         seqused_k=layout.seqused_k,
     )
-    return out, lse, rng_state if rule.dropout_p > 0.0 else query.new_empty((0,), dtype=torch.uint64)
+    return out, lse, rng_state if rule.dropout_p > 0.0 else _nothing_drawn(query.device)
 
 
 def _backward(
@@ -142,11 +163,12 @@ def _backward(
     layout, rule, kernels = split_arguments(query, *args, **options)
     operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
     turned = not layout.lse_by_row and _is_turned(lse)
-    if rng_state.dtype == torch.int64:  # the seeds that a forward was given
-        if kernels == seed_takers() and not turned:
-            return NotImplemented
-        return _again(turned, *operands, *args, **{**options, "kernels": seed_takers()})
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
+    if rng_state.dtype == torch.int64:  # the seeds that a forward was given
+        pinned = _seeds_for(_chosen(query, key, value, layout, rule, ranking or kernels), layout, rule) or seed_takers()
+        if kernels == pinned and not turned:
+            return NotImplemented
+        return _again(turned, *operands, *args, **{**options, "kernels": pinned})
     if ranking is not None and ranking != kernels:
         return _again(turned, *operands, *args, **{**options, "kernels": ranking})
     if turned:
@@ -186,5 +208,6 @@ def register() -> None:
     # Where its decomposition declines, the operator is called.
     module = "varlen_inductor.lowering.direct"
     _compat_inductor.lower_to_call(_ops.varlen_attn.default, module, "forward")
+    _compat_inductor.lower_to_call(_ops.varlen_attn_drawn.default, module, "drawn")
     _compat_inductor.lower_to_call(_ops.varlen_attn_backward.default, module, "backward", first_operand=5)
     _compat_inductor.lower_to_call(_ops.varlen_attn_backward_joined.default, module, "backward_joined", first_operand=5)

@@ -35,6 +35,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: An
     return run_forward(query, key, value, layout, rule, kernels or default_kernels())
 
 
+def drawn(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """``varlen_inductor::varlen_attn_drawn``."""
+    out, lse, _ = forward(query, key, value, *args, **options)
+    return out, lse
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -71,18 +77,22 @@ def backward_joined(
     return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
-def site(function: Literal["forward", "backward", "backward_joined"], alone: bool = False, **options: Any) -> Callable[..., Any]:
-    """`forward`, `backward` or `backward_joined` for one place in generated code, with all options but tensors given.
+def site(
+    function: Literal["forward", "drawn", "backward", "backward_joined"], alone: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """`forward`, `drawn`, `backward` or `backward_joined` for one place in generated code, with all options but tensors given.
 
     Every call must have the same device, dtypes, head counts, head dims and tensors among its options, and at least one query
     row, key row and sequence. ``kernels`` must be among the options.
 
     Args:
-        alone: of a forward's results only the first is looked at, and there need not be more.
+        alone: of the results of `drawn` only the first is looked at.
     """
     by_row = options.get("lse_by_row", False)
     if function == "forward":
-        return _forward_site(options, _first_of if alone else _by_row if by_row else attrgetter("forward"))
+        return _forward_site(options, _by_row if by_row else attrgetter("forward"), forward)
+    if function == "drawn":
+        return _forward_site(options, partial(_drawn_by, wants_lse=not alone, by_row=by_row), drawn)
     if function == "backward":
         return _backward_site(options, _from_rows if by_row else attrgetter("backward"), backward)
     return _backward_site(options, lambda backend: partial(backward_joined_by, backend), backward_joined)
@@ -103,10 +113,12 @@ class _Known:
         self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
 
     def layout(self, args: _Lengths, tensors: dict[str, Any]) -> Layout:
-        if tensors:
-            return Layout(*args, **{**self.constants, **tensors})
         # Past the named tuple's own constructor, which takes longer.
-        return tuple.__new__(Layout, args + self.rest)
+        if not tensors:
+            return tuple.__new__(Layout, args + self.rest)
+        if len(tensors) == 1 and "seeds" in tensors:  # the last field
+            return tuple.__new__(Layout, (*args, *self.rest[:-1], tensors["seeds"]))
+        return Layout(*args, **{**self.constants, **tensors})
 
 
 class _Call:
@@ -125,10 +137,12 @@ class _Call:
         return known
 
 
-def _first_of(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
-    """What runs the forward where nothing but its first result is looked at."""
-    alone = backend.forward_alone
-    return backend.forward if alone is None else lambda *operands: (alone(*operands),)
+def _drawn_by(backend: Backend, wants_lse: bool, by_row: bool) -> Callable[..., tuple[Any, ...]]:
+    """What runs the forward where nothing is left to be drawn."""
+    run: Callable[..., tuple[Any, ...]] | None = backend.forward_drawn
+    if run is None or (wants_lse and by_row and not backend.lse_by_row):
+        return lambda *operands: forward_by(backend, *operands)[:2]
+    return partial(run, wants_lse=wants_lse)
 
 
 def _by_row(backend: Backend) -> Callable[..., tuple[Tensor, ...]]:
@@ -142,20 +156,20 @@ def _from_rows(backend: Backend) -> Callable[..., Any]:
 
 
 def _forward_site(
-    options: dict[str, Any], of: Callable[[Backend], Callable[..., tuple[Tensor, ...]]]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """``of`` gives what runs the forward with a backend."""
+    options: dict[str, Any], of: Callable[[Backend], Callable[..., tuple[Any, ...]]], otherwise: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Any, ...]]:
+    """``of`` gives what runs the forward with a backend; ``otherwise`` is called where more has to be done."""
     call = _Call(options, backward=False, of=of)
     found, look, failed = call.found, call.look, fallback.failed
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Any, ...]:
         known = found.get(args[2:]) or look(query, key, value, args, tensors)
         if not (known.gathers or failed(known.problem, False) or debug()):
             try:
                 return known.run(query, key, value, known.layout(args, tensors), known.rule)
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, False)
-        return forward(query, key, value, *args, **options, **tensors)
+        return otherwise(query, key, value, *args, **options, **tensors)
 
     return attend
 

@@ -192,16 +192,17 @@ def _packed_rows(graph: fx.Graph) -> list[Any]:
     """The numbers of rows of the operands of packed attentions."""
     found: list[Any] = []
     for node in graph.nodes:
-        operands = node.args[:3] if calls(node, _ops.varlen_attn) else node.args[5:8] if calls(node, *_BACKWARDS) else ()
+        operands = node.args[:3] if calls(node, *_FORWARDS) else node.args[5:8] if calls(node, *_BACKWARDS) else ()
         found.extend(x.meta["val"].shape[0] for x in operands)
     return found
 
 
+_FORWARDS = (_ops.varlen_attn, _ops.varlen_attn_drawn)
 _BACKWARDS = (_ops.varlen_attn_backward, _ops.varlen_attn_backward_joined)
 
 
 def _multiplies_otherwise(node: fx.Node) -> bool:
-    return calls(node, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, _ops.varlen_attn, *_BACKWARDS)
+    return calls(node, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, *_FORWARDS, *_BACKWARDS)
 
 
 def _is_cheap(weights: Sequence[fx.Node], rows: fx.Node) -> bool:

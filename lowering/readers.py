@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from varlen_inductor.patterns.nodes import aten, calls
 
-_ANY_STRIDES = (aten.mm, aten.addmm, aten.bmm, aten.sum, aten.cat, torch.ops.varlen_inductor.varlen_attn)
+_ops = torch.ops.varlen_inductor
+_ANY_STRIDES = (aten.mm, aten.addmm, aten.bmm, aten.sum, aten.cat, _ops.varlen_attn, _ops.varlen_attn_drawn)
 
 
 def take_any_strides(readers: Iterable[fx.Node], results: bool = False) -> bool:

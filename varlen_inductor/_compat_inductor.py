@@ -157,7 +157,7 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
                 else:
                     number = outermost.varlen_sites = getattr(outermost, "varlen_sites", 0) + 1
                     self.python_kernel_name = f"{alias}_{number}"
-                    if function == "forward" and self._first_result_is_all():
+                    if function == "drawn" and self._first_result_is_all():
                         options["alone"] = True
                     given = "".join(f", {name}={value!r}" for name, value in options.items())
                     outermost.add_import_once(f"from {module} import site as varlen_site")
@@ -212,6 +212,26 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
     if op not in lowering.lowerings:
         lowering.add_needs_realized_inputs(op)
         lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def two_seeds(device: torch.device) -> torch.Tensor:
+    """Two random numbers (2,) int64 on ``device``, in a graph that is traced with Inductor's decompositions.
+
+    ``inductor_seed`` is the operator whose calls Inductor makes one of, which is not drawn again where a forward is computed again;
+    with ``fallback_random`` it looks for none. Read in 2.11, 2.13.
+    """
+    try:
+        seed = torch.ops.prims.inductor_seed.default
+    except AttributeError:
+        seed = None
+    if seed is None or inductor_setting("fallback_random"):
+        return torch.ops.aten.randint.low(0, 2**31, (2,), dtype=torch.int64, device=device)  # type: ignore[no-any-return]
+    return torch.stack([seed(device), seed(device)])
+
+
+def seed_lookup() -> Any:
+    """``inductor_lookup_seed(seeds, index)``, one of the numbers that Inductor has drawn. Read in 2.11, 2.13."""
+    return torch.ops.prims.inductor_lookup_seed.default
 
 
 def generated_modules() -> list[ModuleType]:

@@ -201,7 +201,7 @@ def test_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str
     """Bit by bit that of a forward; with offsets that stay as they are, calls of cuDNN share memory."""
     kernels = KERNELS[backend]
     sizes = {"heads": heads, "dims": (64, 64), "window": WINDOWS[window], "dtype": torch.bfloat16, "device": "cuda"}
-    assert kernels.forward_alone is not None
+    assert kernels.forward_drawn is not None
     for lengths in ((130, 1, 517, 64), (0, 300, 0), (2000,), (3,) * 300):
         case = make_case(lengths, tail=5, fill=0.0, tails_unread=True, **sizes)
         layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
@@ -213,10 +213,48 @@ def test_the_first_result_alone(stays: bool, heads: tuple[int, int], window: str
         if stays:
             kept.never_written(layout.cu_seq_q)
         layers = [[torch.randn_like(x) for x in operands] for _ in range(4)]
-        found = [kernels.forward_alone(*layer, layout, rule) for layer in layers]
+        found = [kernels.forward_drawn(*layer, layout, rule, False)[0] for layer in layers]
         for layer, out in zip(layers, found, strict=True):
             expected = kernels.forward(*layer, layout, rule)[0]
             assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "triton"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_any_two_numbers_are_seeds(by_row: bool, backend: str) -> None:
+    """Each pair drops its own weights, as many as it should and the same in the backward, whatever bits the numbers have."""
+    kernels = KERNELS[backend]
+    if by_row and not kernels.lse_by_row:
+        pytest.skip("it writes lse in one way")
+    sizes = {"heads": (4, 4), "dims": (64, 64), "dtype": torch.bfloat16, "device": "cuda"}
+    case = make_case((300, 1, 517, 64), fill=0.0, tails_unread=True, dropout_p=0.25, **sizes)
+    layout, rule, _ = split_arguments(case.query, *case.operands[3:], **case.options)
+    layout = layout._replace(cu_seq_k=layout.cu_seq_q, lse_by_row=by_row)
+    query, key, value = [x.detach() for x in case.operands[:3]]
+    reason = kernels.supports(Problem.of(query, key, value, layout, rule))
+    if reason is not None:
+        pytest.skip(reason)
+    most, least = 2**63 - 1, -(2**63)
+    numbers = [(0, 0), (0, 1), (1, 0), (-1, -1), (most, most), (least, least), (most, 3), (3, most), (least, 5), (5, least)]
+    numbers += [tuple(torch.randint(least, most, (2,)).tolist()) for _ in range(4)]
+    seen = []
+    for pair in numbers:
+        memory = torch.tensor([7, *pair], device="cuda")
+        for seeds in (memory[1:], memory[1:].clone()):  # 8 bytes further, too
+            given = layout._replace(seeds=seeds)
+            out, lse = kernels.forward_drawn(query, key, value, given, rule, True)
+            grad = torch.randn_like(out)
+            _, _, grad_value = kernels.backward(grad, None, out, lse, seeds, query, key, value, layout, rule)
+            difference = (out.double() * grad.double()).sum() - (grad_value.double() * value.double()).sum()
+            assert difference.abs() < 0.03 * (out.double() * grad.double()).norm()
+            kept = kernels.forward_drawn(query * 0, key, torch.ones_like(value), given, rule, False)[0].float()
+            assert abs(float(kept.mean()) - 1.0) < 0.02
+            seen.append(kept)
+        assert torch.equal(seen.pop(), seen[-1])
+    assert not any(torch.equal(one, other) for i, one in enumerate(seen) for other in seen[:i])
 
 
 # --- cuDNN: lse as it writes it --------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ class Mixing(nn.Module):
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["checkpoint", "plain"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("kernels", ["auto", "cudnn"])
+@pytest.mark.parametrize("kernels", ["auto", "cudnn", "triton"])
 def test_backward_drops_what_the_forward_dropped(kernels: str, recompute: bool, mode: str) -> None:
     """What is linear in x is its gradient times x; with other elements dropped in the backward it would not be."""
     skip_without(kernels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -92,12 +93,20 @@ def test_a_site_of_the_first_result_alone(monkeypatch: pytest.MonkeyPatch) -> No
     case = make_case((5, 9))
     operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
     expected = attention.varlen_attn(*operands)[0]
-    assert torch.equal(direct.site("forward", alone=True, kernels="auto")(*operands)[0], expected)
-    alone = dataclasses.replace(cpu.BACKEND, forward_alone=lambda *args: cpu.BACKEND.forward(*args)[0])
+    assert torch.equal(direct.site("drawn", alone=True, kernels="auto")(*operands)[0], expected)
+
+    def forward_drawn(*args: Any, wants_lse: bool) -> Any:
+        out, lse, _ = cpu.BACKEND.forward(*args)
+        return out, lse if wants_lse else None
+
+    alone = dataclasses.replace(cpu.BACKEND, forward_drawn=forward_drawn)
     monkeypatch.setattr(backends, "BACKENDS", (alone, math.BACKEND))
     backends.choose.cache_clear()
     try:
-        (out,) = direct.site("forward", alone=True, kernels="auto")(*operands)
+        out, nothing = direct.site("drawn", alone=True, kernels="auto")(*operands)
+        assert nothing is None
+        _, lse = direct.site("drawn", kernels="auto")(*operands)
+        assert torch.equal(lse, attention.varlen_attn(*operands)[1])
         assert len(direct.site("forward", kernels="auto")(*operands)) == 3
     finally:
         backends.choose.cache_clear()

@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from attention_cases import assert_close, make_case
 from helpers import MaskedAttention, padded_batch
 from varlen_inductor.lowering import attention, direct
+from varlen_inductor.lowering.drawn_seeds import read_seeds_in_place
 from varlen_inductor.ops import attention as operators
 from varlen_inductor.ops import backends
 from varlen_inductor.ops.backends import cpu, fallback, kept, math
 from varlen_inductor.ops.problem import Layout, Rule
 
-ASK = attention._is_one_launch
+ASK = attention._chosen
 
 seen: list[tuple[str, str]] = []
 """How the kernels' forwards gave lse, and how their backwards were given it."""
@@ -89,7 +90,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One that gives lse by row, and one that does not."""
     monkeypatch.setattr(backends, "BACKENDS", (BY_ROW, OTHER))
     monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
-    monkeypatch.setattr(attention, "_is_one_launch", _as_if_on_cuda)
+    monkeypatch.setattr(attention, "_chosen", _as_if_on_cuda)
     backends.choose.cache_clear()
     seen.clear()
     offsets.clear()
@@ -106,7 +107,7 @@ class OnCuda:
         self.x, self.shape, self.dtype, self.device = x, x.shape, x.dtype, torch.device("cuda", 0)
 
 
-def _as_if_on_cuda(query: Any, key: Any, value: Any, *args: Any) -> bool:
+def _as_if_on_cuda(query: Any, key: Any, value: Any, *args: Any) -> Any:
     return ASK(OnCuda(query), OnCuda(key), OnCuda(value), *args)  # type: ignore[arg-type]
 
 
@@ -292,9 +293,102 @@ def test_inductor_draws_the_numbers(recompute: bool, fallback: bool, monkeypatch
     assert not torch.equal(outs[1], outs[2])
     calls = len(drawn) // 3
     assert calls >= 2
-    assert all(0 <= number < 2**31 for numbers in drawn for number in numbers)
+    if not fallback:
+        assert max(abs(number) for numbers in drawn for number in numbers) > 2**32, "Inductor's own"
     assert len({tuple(numbers) for numbers in drawn[:calls]}) == 2, "every layer its own, in the backward again"
     assert {tuple(numbers) for numbers in drawn[-calls:]}.isdisjoint(map(tuple, drawn[:calls]))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
+def test_numbers_are_read_where_they_were_drawn(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel for each layer copies its two numbers, and nothing keeps random state for what is computed again."""
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    anchor, model = torch.randn_like(x), Mixing(recompute)
+    x.requires_grad_()
+    compiled = torch.compile(model, backend="varlen_inductor", options={"varlen.round_tokens": 4})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(lambda: compiled(x, anchor, valid).sum().backward())
+    packed = [one for one in code if "= varlen_site(" in one]
+    assert len(packed) == 2
+    seeds = [re.findall(r"seeds=reinterpret_tensor\((\w+), \(2, \), \(1, \), (\d+)\)", one) for one in packed]
+    assert [len(set(found)) for found in seeds] == ([2, 2] if recompute else [2, 0])
+    assert len({memory for memory, _ in seeds[0]}) == 1
+    assert all(len(re.findall(r"= varlen_\w+_drawn_\d+\(", one)) == len(found) for one, found in zip(packed, seeds))
+    assert not any("rng_state" in one for one in packed)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
+def test_without_dropout_no_random_state_is_kept(recompute: bool) -> None:
+    """Nor an empty tensor for each layer, and no operator is called the long way where it is computed again."""
+    x, valid = padded_batch()
+    anchor, model = torch.randn_like(x), Mixing(recompute).eval()
+    x.requires_grad_()
+    compiled = torch.compile(model, backend="varlen_inductor", options={"varlen.round_tokens": 4})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(lambda: compiled(x, anchor, valid).sum().backward())
+    packed = [one for one in code if "= varlen_site(" in one]
+    assert [one.count("= varlen_site('drawn'") for one in packed] == ([2, 2] if recompute else [2, 0])
+    assert not any("rng_state" in one for one in packed)
+    assert all(len(re.findall(r"empty_strided_\w+\(\(0, \)", one)) <= 1 for one in packed), "one for all"
+
+
+def test_each_number_is_looked_for_where_it_is() -> None:
+    """Only two that lie side by side, in this order, are read in place."""
+    with FakeTensorMode():
+        val = torch.empty(6, dtype=torch.int64)
+    graph = torch.fx.Graph()
+    seeds = graph.placeholder("seeds")
+    others = graph.placeholder("others")
+    seeds.meta["val"] = others.meta["val"] = val
+
+    def pair(*places: tuple[torch.fx.Node, int]) -> torch.fx.Node:
+        parts = []
+        for memory, place in places:
+            one = graph.call_function(torch.ops.prims.inductor_lookup_seed.default, (memory, place))
+            one.meta["val"] = val[0]
+            parts.append(graph.call_function(torch.ops.aten.unsqueeze.default, (one, 0)))
+            parts[-1].meta["val"] = val[:1]
+        node = graph.call_function(torch.ops.aten.cat.default, (parts,))
+        node.meta["val"] = val[: len(places)]
+        return node
+
+    read = [pair((seeds, 1), (seeds, 2)), pair((others, 4), (others, 5))]
+    kept = [pair((seeds, 1), (seeds, 3)), pair((seeds, 2), (seeds, 1)), pair((seeds, 1), (others, 2)), pair((seeds, 0))]
+    kept.append(pair((seeds, 0), (seeds, 1), (seeds, 2)))
+    graph.output((*read, *kept))
+    numbers = [torch.arange(6), torch.arange(10, 16)]
+    module = torch.fx.GraphModule({}, graph)
+    expected = module(*numbers)
+    assert read_seeds_in_place(graph) == 2
+    graph.lint()
+    module.recompile()
+    for found, wanted in zip(module(*numbers), expected, strict=True):
+        assert torch.equal(found, wanted)
+    targets = [node.target for node in graph.output_node().args[0]]
+    assert targets == [torch.ops.aten.slice.Tensor] * 2 + [torch.ops.aten.cat.default] * 5
+
+
+def test_one_kernel_runs_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where several take numbers: no two drop the same."""
+    first = dataclasses.replace(AS_TOLD, name="math", lse_by_row=False)
+    for takers in ((AS_TOLD, first), (first, AS_TOLD)):
+        monkeypatch.setattr(backends, "BACKENDS", (*takers, OTHER))
+        backends.choose.cache_clear()
+        x, valid = padded_batch()
+        x.requires_grad_()
+        compiled = torch.compile(Mixing(recompute=False), backend="varlen_inductor", options={"varlen.round_tokens": 4})
+        with torch._inductor.config.patch(force_disable_caches=True):
+            _, code = run_and_get_code(functools.partial(_step, compiled, x, torch.randn_like(x), valid))
+        sites = re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
+        assert len(sites) == 4
+        assert all(f"kernels='{takers[0].name}'" in site for site in sites)
+        assert all(("lse_by_row=True" in site) == takers[0].lse_by_row for site in sites)
+
+
+def _step(function: Any, x: Tensor, *args: Tensor) -> None:
+    function(x, *args).sum().backward()
 
 
 def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +430,10 @@ def test_it_is_asked_for_where_only_a_backward_reads_it(monkeypatch: pytest.Monk
         rows = torch.empty(14, 2, 8, device="cuda")
         ends, others = (torch.empty(3, dtype=torch.int32, device="cuda") for _ in range(2))
         packed = Layout(ends, ends, 9, 9, tails_unread=True)
-        ask = functools.partial(ASK, rows, rows, rows)
+
+        def ask(layout: Layout, rule: Rule, kernels: str | None) -> bool:
+            return attention._is_one_launch(ASK(rows, rows, rows, layout, rule, kernels), layout, rule)
+
         assert ask(packed, rule, None)
         assert ask(packed, rule, "cpu")
         assert not ask(packed, rule, "other")
@@ -345,6 +442,7 @@ def test_it_is_asked_for_where_only_a_backward_reads_it(monkeypatch: pytest.Monk
         assert not ask(packed._replace(cu_seq_k=others), rule, None), "queries may see no key"
         assert not ask(packed._replace(seqused_k=ends), rule, None), "queries may see no key"
         assert not ASK(*[x.cpu() for x in (rows, rows, rows)], packed, rule, None)
+        assert not attention._is_one_launch((), packed, rule)
         for backward in (False, True):
             with monkeypatch.context() as context:
                 problem = operators.Problem.of(rows, rows, rows, packed, rule)

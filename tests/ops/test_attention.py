@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import varlen_inductor
 from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, make_case, reference, run
-from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward
+from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward, varlen_attn_drawn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (4, 1)}
@@ -144,6 +146,23 @@ def test_dropout_is_right_in_expectation() -> None:
     assert_close(lse, expected_lse, torch.float32, "lse knows no dropout")
 
 
+def test_nothing_left_to_be_drawn() -> None:
+    """The operator of graphs behind autograd: the same results, and no word of random numbers to PyTorch."""
+    case = make_case((4, 0, 3), window=(-1, 0), tail=2)
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    for found, expected in zip(varlen_attn_drawn(*operands, **case.options), run(case)):
+        assert torch.equal(found, expected)
+    tag = torch.Tag.nondeterministic_seeded
+    assert tag in varlen_attn.tags
+    assert tag not in varlen_attn_drawn.tags
+    with pytest.raises(RuntimeError, match="varlen_attn_drawn has no gradient: use varlen_attn"):
+        varlen_attn_drawn(*case.operands)
+    for fake in (False, True):
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+        with mode, pytest.raises(ValueError, match=r"dropout_p is 0\.5 and no seeds are given"):
+            varlen_attn_drawn(*operands, dropout_p=0.5)
+
+
 def test_dropout_of_everything_and_of_nothing() -> None:
     assert torch.equal(run(make_case((4, 3), dropout_p=1.0))[0], torch.zeros(7, 2, 8))
     case = make_case((4, 3), dropout_p=1e-9)
@@ -164,6 +183,8 @@ def test_opcheck(heads: str, window: str) -> None:
 
     out, lse, rng_state = (x.detach() for x in run(case))
     operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    for by_row in (False, True):
+        opcheck(varlen_attn_drawn, operands, {**case.options, "lse_by_row": by_row})
     for grad_lse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), grad_lse, out, lse, rng_state, *operands)
         opcheck(varlen_attn_backward, arguments, case.options)

@@ -563,11 +563,12 @@ def test_layers_know_that_offsets_stay(cuda_graphs: bool, monkeypatch: pytest.Mo
     """What one layer of a step finds out, the next may use, and no other step; never in the memory of CUDA graphs."""
     asked: list[Any] = []
 
-    def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    def forward_drawn(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool) -> Any:
         asked.append(kept.with_tensor(layout.cu_seq_q))
-        return cpu.BACKEND.forward(query, key, value, layout, rule)[0]
+        assert not wants_lse
+        return cpu.BACKEND.forward(query, key, value, layout, rule)[0], None
 
-    alone = dataclasses.replace(cpu.BACKEND, forward_alone=forward_alone)
+    alone = dataclasses.replace(cpu.BACKEND, forward_drawn=forward_drawn)
     monkeypatch.setattr(backends, "BACKENDS", tuple(alone if x is cpu.BACKEND else x for x in backends.BACKENDS))
     backends.choose.cache_clear()
     try:

@@ -25,8 +25,8 @@ Schema of ``varlen_attn``::
                          lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved); and in
                          the operands and the gradient of out they hold finite numbers, for then they may be read
     lse_by_row           lse and its gradient are (T_q, H), as some kernels write and read it
-    seeds                (2,) int64, not negative: what dropout is drawn from, by kernels that need not draw them then (forward
-                         only); the backward gets them as its rng_state
+    seeds                (2,) int64: what dropout is drawn from, by kernels that need not draw them then (forward only); the
+                         backward gets them as its rng_state
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), contiguous, natural logarithm, float64 for float64 operands and float32 else;
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0 or seeds are given
@@ -34,6 +34,10 @@ Schema of ``varlen_attn``::
 Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
 outside of every sequence hold shows nowhere, but for ``tails_unread``. (With one kernel, ``flash4``, NaN there can show in how the
 last sequences are rounded, unless algorithms must be deterministic.)
+
+``varlen_attn_drawn`` is the same without ``rng_state``, for calls that draw nothing: without dropout, or with ``seeds``. PyTorch
+is not told of random numbers, which it would see to where a forward is computed again. It is what graphs have behind autograd
+(`lowering`), and has no gradient.
 """
 
 from __future__ import annotations
@@ -69,11 +73,16 @@ LIBRARY.define(
     tags=(*TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
+    f"varlen_attn_drawn({OPERANDS}, {OPTIONS}, {BY_ROW}, Tensor? seeds=None) -> (Tensor out, Tensor lse)",
+    tags=TAGS,
+)
+LIBRARY.define(
     "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
     f"{OPERANDS}, {OPTIONS}, {BY_ROW}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     tags=TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
+varlen_attn_drawn = torch.ops.varlen_inductor.varlen_attn_drawn.default
 varlen_attn_backward = torch.ops.varlen_inductor.varlen_attn_backward.default
 
 
@@ -120,6 +129,18 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     if debug():
         check_lengths(layout, query, key)
     return run_forward(query, key, value, layout, rule, default_kernels() if kernels is None else kernels)
+
+
+def _drawn(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    layout, rule, _ = split_arguments(query, *args, **options)
+    _check_drawn(layout, rule)
+    out, lse, _ = _forward(query, key, value, *args, **options)
+    return out, lse
+
+
+def _check_drawn(layout: Layout, rule: Rule) -> None:
+    if _rng_size(layout, rule):
+        raise ValueError(f"varlen_attn_drawn: dropout_p is {rule.dropout_p} and no seeds are given; use varlen_attn, or give seeds")
 
 
 def _backward(
@@ -198,6 +219,7 @@ def nothing_to_attend(query: Tensor, key: Tensor, layout: Layout) -> bool:
 
 
 LIBRARY.impl("varlen_attn", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("varlen_attn_drawn", _drawn, "CompositeExplicitAutograd")
 LIBRARY.impl("varlen_attn_backward", _backward, "CompositeExplicitAutograd")
 
 
@@ -217,6 +239,13 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **optio
     return out, lse, query.new_empty((_rng_size(layout, rule),), dtype=torch.uint64)
 
 
+def _fake_drawn(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    layout, rule, _ = split_arguments(query, *args, **options)
+    _check_drawn(layout, rule)
+    out, lse, _ = _fake_forward(query, key, value, *args, **options)
+    return out, lse
+
+
 def _fake_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -233,13 +262,14 @@ def _fake_backward(
 
 
 torch.library.register_fake("varlen_inductor::varlen_attn", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("varlen_inductor::varlen_attn_drawn", _fake_drawn, lib=LIBRARY)
 torch.library.register_fake("varlen_inductor::varlen_attn_backward", _fake_backward, lib=LIBRARY)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-_Results = TypeVar("_Results", Tensor, tuple[Tensor, Tensor, Tensor])
+_Results = TypeVar("_Results", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])
 
 
 def _below(op: Any, kernel: Callable[..., _Results], keyset: Any, args: Any, options: dict[str, Any]) -> _Results:
@@ -368,7 +398,14 @@ def without_double_backward(op: Any, kernel: Callable[..., _Results]) -> Callabl
     return autograd
 
 
+def _drawn_autograd(keyset: Any, *args: Any, **options: Any) -> Any:
+    if torch.is_grad_enabled() and _compat_operators.any_requires_grad(*args[:3]):
+        raise RuntimeError("varlen_attn_drawn has no gradient: use varlen_attn, or call this under torch.no_grad()")
+    return _below(varlen_attn_drawn, _drawn, _compat_operators.keys_after_autograd(keyset), args, options)
+
+
 LIBRARY.impl("varlen_attn", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("varlen_attn_drawn", _drawn_autograd, "Autograd", with_keyset=True)
 LIBRARY.impl("varlen_attn_backward", without_double_backward(varlen_attn_backward, _backward), "Autograd", with_keyset=True)
 
 

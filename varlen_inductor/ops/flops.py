@@ -18,7 +18,7 @@ from varlen_inductor.ops import attention, into, joined  # noqa: F401  (defines 
 _ops = torch.ops.varlen_inductor
 
 
-@register_flop_formula(_ops.varlen_attn, get_raw=True)
+@register_flop_formula([_ops.varlen_attn, _ops.varlen_attn_drawn], get_raw=True)
 def forward_flops(
     query: Tensor,
     key: Tensor,

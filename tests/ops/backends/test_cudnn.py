@@ -269,21 +269,21 @@ def test_the_first_result_alone(lengths: tuple[int, ...], window: str) -> None:
     for offsets in (layout.cu_seq_q, layout.cu_seq_q.clone()):
         kept.never_written(offsets)
         for _ in range(2):
-            out = cudnn.forward_alone(*operands, layout._replace(cu_seq_q=offsets, cu_seq_k=offsets), rule)
+            out, _ = cudnn.forward_drawn(*operands, layout._replace(cu_seq_q=offsets, cu_seq_k=offsets), rule, False)
             assert torch.equal(out[: sum(lengths)], expected[: sum(lengths)])
 
 
 def test_layers_share_where_sequences_lie(placed: list[tuple[int, int]]) -> None:
     operands, layout, rule = packed_operands((5, 1, 9))
     for _ in range(2):
-        cudnn.forward_alone(*operands, layout, rule)
+        cudnn.forward_drawn(*operands, layout, rule, False)
     assert placed == [placed[0]] * 2, "these offsets may have changed"
     placed.clear()
     kept.never_written(layout.cu_seq_q)
     for _ in range(3):
-        cudnn.forward_alone(*operands, layout, rule)
+        cudnn.forward_drawn(*operands, layout, rule, False)
     assert len(placed) == 1
-    cudnn.forward_alone(*operands, layout, rule._replace(scale=rule.scale * 2))
+    cudnn.forward_drawn(*operands, layout, rule._replace(scale=rule.scale * 2), False)
     assert len(placed) == 2, "another plan may have other strides"
     for stream in (STREAM + 1, STREAM):
         cudnn_rows.place_once(StandIn(key_for((5, 1, 9))._replace(stats=False)), layout, stream)  # type: ignore[arg-type]
@@ -347,10 +347,10 @@ def test_others_are_computed_as_ever(placed: list[tuple[int, int]]) -> None:
         layout._replace(seqused_k=used),
         layout._replace(tails_unread=False),
     ):
-        out = cudnn.forward_alone(*operands, other, rule)
+        out, _ = cudnn.forward_drawn(*operands, other, rule, False)
         assert torch.equal(out[:15], cudnn.forward(*operands, other, rule)[0][:15])
     for scale in (0.0, -0.5):
-        out = cudnn.forward_alone(*operands, layout, rule._replace(scale=scale))
+        out, _ = cudnn.forward_drawn(*operands, layout, rule._replace(scale=scale), False)
         assert torch.equal(out[:15], cudnn.forward(*operands, layout, rule._replace(scale=scale))[0][:15])
     assert [stats for _, stats in placed] == [18 * 4] * 10
 

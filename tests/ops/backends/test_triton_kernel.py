@@ -200,17 +200,21 @@ def check_out() -> None:
 
 
 def check_the_first_result_alone() -> None:
-    """Bit by bit that of a forward; also of dropout, for which one is called."""
+    """Bit by bit that of a forward; also of dropout, with the numbers that it drew."""
     small_blocks_on_the_cpu()
     for options in ({}, {"window": (5, 0)}, {"scale": -0.5}, {"scale": 0.0}, {"softcap": 2.0}, {"dropout_p": 0.5}):
         case = make_case((20, 0, 33), (7, 4, 40), heads=(2, 1), dims=(16, 8), tail=4, **options)
         for each in (case, in_pages(case, page_size=4)) if "dropout_p" not in options else (case,):
             layout, rule, _ = split_arguments(each.query, *each.operands[3:], **each.options)
             operands = [x.detach() for x in each.operands[:3]]
-            torch.manual_seed(0)
-            expected = triton_kernel.forward(*operands, layout, rule)[0]
-            torch.manual_seed(0)
-            assert torch.equal(triton_kernel.forward_alone(*operands, layout, rule), expected)
+            expected, lse, rng_state = triton_kernel.forward(*operands, layout, rule)
+            if rule.dropout_p > 0.0:
+                layout = layout._replace(seeds=rng_state.view(torch.int64))
+            assert torch.equal(triton_kernel.forward_drawn(*operands, layout, rule, False)[0], expected)
+            for found, wanted in zip(triton_kernel.forward_drawn(*operands, layout, rule, True), (expected, lse)):
+                assert torch.equal(found, wanted)
+            for found, wanted in zip(triton_kernel.forward(*operands, layout, rule), (expected, lse)):
+                assert torch.equal(found, wanted)
 
 
 def check_gradients_in_memory_that_is_there() -> None:

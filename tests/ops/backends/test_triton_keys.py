@@ -5,6 +5,7 @@ Launches are not made but noted, and Triton is asked what it would make of the a
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor.ops.backends import tails, triton_kernel
-from varlen_inductor.ops.backends.launch import Launcher
+from varlen_inductor.ops.backends.launch import Compiled, Launcher
 from varlen_inductor.ops.problem import Layout, Rule
 
 specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
@@ -92,7 +93,8 @@ def test_keys(launches: list[Launch]) -> None:
         query, key, value, layout, rule, gradient = some_call(draw)
         out, lse, rng_state = triton_kernel.forward(query, key, value, layout, rule)
         if draw.random() < 0.3:
-            triton_kernel.forward_alone(query, key, value, layout, rule)
+            given = layout._replace(seeds=rng_state.view(torch.int64) if rule.dropout_p > 0.0 else None)
+            triton_kernel.forward_drawn(query, key, value, given, rule, draw.random() < 0.5)
         gap = draw.choice([0, 3, 16])
         grads = tuple(rows_of(*x.shape, x.dtype, 0, gap) for x in (query, key, value))
         triton_kernel.backward_into(grads, gradient, out, lse, rng_state, query, key, value, layout, rule)
@@ -104,6 +106,47 @@ def test_keys(launches: list[Launch]) -> None:
                 check_numbers(launch, query, key, layout, rule)
         launches.clear()
     assert repeated > 1000, "nothing was compared"
+
+
+def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that is launched past all of this has what it would have had, and is for the same compiled kernel."""
+    made: list[tuple[Any, ...]] = []
+    looked: list[bool] = []
+
+    def launch(self: Launcher, grid: Any, key: Any, stream: Any, tensors: Any, addresses: Any, *args: Any, **options: Any) -> None:
+        names = [p.name for p in self.kernel.params]
+        compiled = Launch(self.kernel, key, dict(zip(names, (*tensors, *args), strict=True)), options).compiled_for()
+        self.compiled[key] = Compiled(None, lambda *given: made.append((compiled, given)), "function", "metadata")
+        looked.append(True)
+        made.append((compiled, (*grid, stream, "function", "metadata", None, None, None, *addresses, *args)))
+
+    hooks: list[str] = []
+    prepared: dict[Any, Any] = {}
+    monkeypatch.setattr(Launcher, "with_addresses", launch)
+    monkeypatch.setattr(triton_kernel, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(triton_kernel, "_known", {})
+    monkeypatch.setattr(triton_kernel, "_launcher", functools.cache(triton_kernel._launcher.__wrapped__))
+    monkeypatch.setattr(triton_kernel, "_stream", lambda index: 7)
+    monkeypatch.setattr(triton_kernel, "hooked", lambda: bool(hooks))
+    draw = random.Random(0)
+    again = 0
+    for _ in range(3000):
+        query, key, value, layout, rule, _ = some_call(draw)
+        rule = rule._replace(scale=abs(rule.scale) or 2.0)  # others take another query
+        out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+        lse = torch.zeros(query.shape[1], query.shape[0]) if draw.random() < 0.7 else None
+        seeds = torch.zeros(4, dtype=torch.int64)[draw.choice([0, 1]) :][:2]
+        hooks[:] = ["theirs"] * (draw.random() < 0.1)
+        for known in ({}, prepared, prepared):
+            monkeypatch.setattr(triton_kernel, "_prepared", known)
+            looked.append(False)
+            triton_kernel._attend(out, lse, seeds, query, key, value, layout, rule)
+        assert made[0] == made[1] == made[2]
+        again += looked[-1] is False
+        assert looked[-1] or not hooks
+        made.clear()
+        looked.clear()
+    assert again > 500, "nothing was launched so"
 
 
 def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,8 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
 
 
 def seed_takers() -> str:
-    """The backends that drop by given seeds, as ``config.kernels``."""
-    return ",".join(backend.name for backend in BACKENDS if backend.takes_seeds)
+    """The backends that drop by given seeds, as ``config.kernels``: no others."""
+    return ",".join(f"-{backend.name}" for backend in BACKENDS if not backend.takes_seeds)
 
 
 def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -12,8 +12,9 @@ from varlen_inductor.ops.problem import Layout, Problem, Rule
 Forward = Callable[[Tensor, Tensor, Tensor, Layout, Rule], tuple[Tensor, Tensor, Tensor]]
 """``(query, key, value, layout, rule) -> (out, lse, rng_state)``; what each must hold is said at the operator."""
 
-ForwardAlone = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
-"""``(query, key, value, layout, rule) -> out``: as ``Forward``, where nobody reads lse and nothing is dropped."""
+ForwardDrawn = Callable[[Tensor, Tensor, Tensor, Layout, Rule, bool], tuple[Tensor, Tensor | None]]
+"""``(query, key, value, layout, rule, wants_lse) -> (out, lse)``: as ``Forward``, where nothing is left to be drawn: nothing is
+dropped, or by the seeds of the layout. Unless lse is wanted it may be ``None``."""
 
 ForwardInto = Callable[[Tensor, Tensor, Tensor, Tensor, Layout, Rule], Tensor]
 """``(out, query, key, value, layout, rule) -> lse``. ``out`` (T_q, H, D_v) has its last dim contiguous."""
@@ -51,8 +52,8 @@ class Backend:
     """As ``forward``, into a tensor that is there; ``None`` if the backend cannot."""
     backward_into: BackwardInto | None = None
     """As ``backward``, into tensors that are there; ``None`` if the backend cannot."""
-    forward_alone: ForwardAlone | None = None
-    """As ``forward`` without what else it gives; ``None`` if that saves the backend nothing."""
+    forward_drawn: ForwardDrawn | None = None
+    """As ``forward`` without what nobody needs; ``None`` if that saves the backend nothing."""
     lse_by_row: bool = False
     """Whether its forward gives lse by row where the layout says so, and its backward takes it, if lse has no gradient."""
     takes_seeds: bool = False

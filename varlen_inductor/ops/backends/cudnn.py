@@ -20,7 +20,7 @@ from varlen_inductor.ops.backends.base import Backend, unknown_option, with_lse_
 from varlen_inductor.ops.backends.cudnn_plan import Key, Plan, library, plan_for
 from varlen_inductor.ops.backends.cudnn_rows import finish_backward, finish_forward, place, place_backward, place_once, workspace
 from varlen_inductor.ops.backends.flash_common import contiguous, positive_scale, through_lse
-from varlen_inductor.ops.backends.memory import empty, empty_results
+from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -84,12 +84,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         if not _packed(layout):
             return with_lse_as_asked(forward(query, key, value, layout._replace(lse_by_row=False), rule), layout)
         tokens, heads, _ = query.shape
-        out, lse, rng_state = empty_results(query, tokens, heads, value.shape[2])
-        seeds = None if layout.seeds is None else layout.seeds.contiguous()
-        if seeds is None and rule.dropout_p > 0.0:
-            seeds = rng_state = _new_rng_state(query, rule)
+        out = empty(query, tokens, heads, value.shape[2])
+        lse = empty(query, tokens, heads, dtype=torch.float32)
+        seeds = _new_rng_state(query, rule) if layout.seeds is None else layout.seeds.contiguous()
         _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
-        return out, lse, rng_state
+        return out, lse, seeds if layout.seeds is None else empty(query, 0, dtype=torch.uint64)
     layout = contiguous(layout)
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
@@ -107,15 +106,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     return out, lse, seeds if layout.seeds is None else empty(query, 0, dtype=torch.uint64)
 
 
-def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """The first result of ``forward``; see ``ForwardAlone``."""
+def forward_drawn(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``out`` and ``lse``; see ``ForwardDrawn``."""
     index = query.get_device()
-    usual = _packed(layout) and rule.scale > 0.0 and rule.dropout_p == 0.0
-    if not usual or index != _compat_operators.current_device_index():
-        return forward(query, key, value, layout, rule)[0]
-    out = empty(query, query.shape[0], query.shape[1], value.shape[2])
-    _in_one_launch(out, None, None, query, key, value, layout, rule, index)
-    return out
+    one_launch = (layout.lse_by_row or not wants_lse) and _packed(layout) and rule.scale > 0.0
+    if not one_launch or index != _compat_operators.current_device_index():
+        return forward(query, key, value, layout, rule)[:2]
+    tokens, heads, _ = query.shape
+    out = empty(query, tokens, heads, value.shape[2])
+    lse = empty(query, tokens, heads, dtype=torch.float32) if wants_lse else None
+    seeds = None if layout.seeds is None else layout.seeds.contiguous()
+    _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
+    return out, lse
 
 
 def _packed(layout: Layout) -> bool:
@@ -339,7 +343,7 @@ BACKEND = Backend(
     forward,
     backward,
     backward_into=backward_into,
-    forward_alone=forward_alone,
+    forward_drawn=forward_drawn,
     lse_by_row=True,
     takes_seeds=True,
 )

@@ -205,12 +205,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     return out, lse, empty(out, 0, dtype=torch.uint64)
 
 
-def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """The first result; see ``ForwardAlone``. It saves memory of no size, whose allocation takes the host 2 us.
+def forward_drawn(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse``; see ``ForwardDrawn``. It saves memory of no size, whose allocation takes the host 2 us.
 
-    lse is written all the same: without it the package would compile another kernel, which takes seconds.
+    lse is always written: without it the package would compile another kernel, which takes seconds.
     """
-    return _attend(query, key, value, layout, rule)[0]
+    return _attend(query, key, value, layout, rule)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -407,4 +409,4 @@ def _call(
     )
 
 
-BACKEND = Backend("flash4", supports, forward, backward, backward_into=backward_into, forward_alone=forward_alone)
+BACKEND = Backend("flash4", supports, forward, backward, backward_into=backward_into, forward_drawn=forward_drawn)

@@ -41,6 +41,18 @@ class Compiled(NamedTuple):
     metadata: Any
 
 
+class Prepared(NamedTuple):
+    """A launch that can be made again with other addresses: ``run(*grid, stream, *kernel, *addresses, *last)``.
+
+    Whoever makes it has seen to it that no key would tell it from the first one, and that no launch is `hooked`.
+    """
+
+    run: Any
+    grid: tuple[int, int, int]
+    kernel: tuple[Any, ...]
+    last: tuple[Any, ...]
+
+
 class Launcher:
     """Launches ``kernel``, a ``triton.jit`` function."""
 
@@ -71,11 +83,22 @@ class Launcher:
             args: as of a call; in place of tensors there may be their addresses.
         """
         compiled = self.compiled.get(key)
-        if compiled is None or compiled.run is None or _hooked():
+        if compiled is None or compiled.run is None or hooked():
             return False
         _, run, function, metadata = compiled
         run(*grid, stream, function, metadata, None, None, None, *args)  # no metadata for hooks, and no hooks
         return True
+
+    def prepared(self, grid: tuple[int, int, int], key: Hashable, last: tuple[Any, ...]) -> Prepared | None:
+        """The launch of what was launched with this key, if it can be made past `again`.
+
+        Args:
+            last: the arguments of a call from some place on.
+        """
+        compiled = self.compiled.get(key)
+        if compiled is None or compiled.run is None:
+            return None
+        return Prepared(compiled.run, grid, (compiled.function, compiled.metadata, None, None, None), last)
 
     def with_addresses(
         self,
@@ -108,7 +131,7 @@ class Launcher:
                 if len(self.compiled) >= _MOST_KERNELS:
                     self.compiled.clear()
                 self.compiled[key] = _compiled(kernel)
-        elif compiled.run is None or device < 0 or _hooked():
+        elif compiled.run is None or device < 0 or hooked():
             compiled.kernel[grid](*args)
         else:
             _, run, function, metadata = compiled
@@ -122,7 +145,7 @@ def _compiled(kernel: Any) -> Compiled:
     return Compiled(kernel, run if known else None, function, metadata)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody wants to hear of launches; also where that cannot be told."""
     runtime = getattr(knobs, "runtime", None)
     try:

@@ -27,16 +27,3 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         strides.append(step)
         step *= n or 1
     return _allocate(size, tuple(strides[::-1]), dtype)
-
-
-def empty_results(like: Tensor, rows: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A forward's three results, with lse by row, (rows, heads), and without dropout: one question for all, and no loops."""
-    index = like.get_device()
-    if _allocate is None or index < 0 or index != _compat_operators.current_device_index():
-        lse = like.new_empty((rows, heads), dtype=torch.float32)
-        return like.new_empty((rows, heads, dim)), lse, like.new_empty(0, dtype=torch.uint64)
-    return (
-        _allocate((rows, heads, dim), (heads * dim, dim, 1), like.dtype),
-        _allocate((rows, heads), (heads, 1), torch.float32),
-        _allocate((0,), (1,), torch.uint64),
-    )

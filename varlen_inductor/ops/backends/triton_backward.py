@@ -156,7 +156,7 @@ def _query_step(
     return tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"])
+@triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"], do_not_specialize_on_alignment=["rng_state"])
 def query_kernel(
     query,
     key,
@@ -312,7 +312,7 @@ def _key_step(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["sequences", "rows_q", "rows_k", "left", "right"])
+@triton.jit(do_not_specialize=["sequences", "rows_q", "rows_k", "left", "right"], do_not_specialize_on_alignment=["rng_state"])
 def key_kernel(
     query,
     key,

@@ -191,7 +191,7 @@ def _nothing_behind(out, lse, stride_o, end, rows, DIM_V: tl.constexpr, BLOCK_DV
             tl.store(lse + behind, float("-inf"), mask=behind < rows)
 
 
-@triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"])
+@triton.jit(do_not_specialize=["sequences", "rows_q", "left", "right"], do_not_specialize_on_alignment=["rng_state"])
 def forward_kernel(
     query,
     key,

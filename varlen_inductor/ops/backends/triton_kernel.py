@@ -18,7 +18,7 @@ from torch import Tensor
 
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend
-from varlen_inductor.ops.backends.launch import Launcher, starts_early
+from varlen_inductor.ops.backends.launch import Launcher, Prepared, hooked, starts_early
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.backends.tails import REACH
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
@@ -125,18 +125,20 @@ def forward(
     if out is None:
         out = empty(query, tokens, heads, value.shape[-1])
     lse = empty(query, heads, tokens, dtype=torch.float32)
-    rng_state = _new_rng_state(query, rule)
-    _attend(out, lse, rng_state, query, key, value, layout, rule)
+    rng_state = _new_rng_state(query, rule if layout.seeds is None else rule._replace(dropout_p=0.0))
+    _attend(out, lse, rng_state if layout.seeds is None else layout.seeds, query, key, value, layout, rule)
     return out, lse, rng_state
 
 
-def forward_alone(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """Its first result; see ``ForwardAlone``. No lse is written."""
-    if rule.dropout_p > 0.0:
-        return forward(query, key, value, layout, rule)[0]
-    out = empty(query, query.shape[0], query.shape[1], value.shape[-1])
-    _attend(out, None, None, query, key, value, layout, rule)
-    return out
+def forward_drawn(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``out`` and ``lse``; see ``ForwardDrawn``. What is not wanted is not written."""
+    tokens, heads, _ = query.shape
+    out = empty(query, tokens, heads, value.shape[-1])
+    lse = empty(query, heads, tokens, dtype=torch.float32) if wants_lse else None
+    _attend(out, lse, layout.seeds, query, key, value, layout, rule)
+    return out, lse
 
 
 def _attend(
@@ -154,6 +156,18 @@ def _attend(
     if index >= 0 and index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return _attend(out, lse, rng_state, query, key, value, layout, rule)
+    if rule.dropout_p == 0.0:
+        rng_state = None
+    stream = _stream(index)
+    usual = None if stream is None else _usual(out, lse, rng_state, query, key, value, layout, rule)
+    if usual is not None:
+        kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng = usual
+        prepared = _prepared.get(kind)
+        if prepared is not None and not hooked():
+            run, grid, kernel, last = prepared
+            at = (at_query, at_key, at_value, at_out, at_lse, at_q, at_k, None, None, None, at_rng, None)
+            run(*grid, stream, *kernel, *at, *last)
+            return None
     tokens, heads, _ = query.shape
     query, scale = _positive_scale(query, rule.scale)
     fixed = _fixed(index, query, key, value, layout, rule, scale)
@@ -165,22 +179,53 @@ def _attend(
     addresses, kinds = _places(tensors)
     strides = (*query.stride(), *key_strides, *value_strides, *out.stride()[:2], *page_strides)
     launch, options, constants = fixed.forward
-    launch.with_addresses(
-        grid,
-        (fixed.number, kinds, strides, page_size),
-        None if index < 0 else _compat_operators.current_stream_pointer(index),
-        tensors,
-        addresses,
-        *strides,
-        sequences,
-        tokens,
-        *fixed.scales,
-        *fixed.numbers,
-        *constants,
-        page_size,
-        **options,
-    )
+    of_kernel = (fixed.number, kinds, strides, page_size)
+    last = (*strides, sequences, tokens, *fixed.scales, *fixed.numbers, *constants, page_size)
+    launch.with_addresses(grid, of_kernel, stream, tensors, addresses, *last, **options)
+    if usual is not None and (again := launch.prepared(grid, of_kernel, last)) is not None:
+        if len(_prepared) >= _MOST_KNOWN:
+            _prepared.clear()
+        _prepared[usual[0]] = again
     return None
+
+
+def _usual(
+    out: Tensor,
+    lse: Tensor | None,
+    rng_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Any, ...] | None:
+    """Of a forward as packed graphs have it: all that its launch depends on but addresses, then these; ``None`` of any other.
+
+    The dtypes of what comes with query are known, and its addresses are multiples of 16. (Of ``rng_state`` nothing is asked: its
+    alignment makes no difference.)
+    """
+    cu_q, cu_k, max_q, _, seqused_k, position_q, _, _, table, _, _ = layout
+    if seqused_k is not None or position_q is not None or table is not None or rule.scale <= 0.0:
+        return None
+    dtype = query.dtype
+    if dtype == torch.float32 or not (cu_q.is_contiguous() and cu_k.is_contiguous()):
+        return None  # how float32 is multiplied depends on a setting
+    at_query, at_key, at_value, at_out = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+    at_q, at_k, at_lse, at_rng = cu_q.data_ptr(), cu_k.data_ptr(), None, None
+    together = at_query | at_key | at_value | at_out | at_q | at_k
+    if lse is not None:
+        at_lse = lse.data_ptr()
+        together |= at_lse
+    if rng_state is not None:
+        if rng_state.stride() != (1,):
+            return None
+        at_rng = rng_state.data_ptr()
+    if together & 15:
+        return None
+    shapes = (query.shape, key.shape, value.shape, cu_q.shape)
+    strides = (query.stride(), key.stride(), value.stride(), out.stride())
+    kind = (query.get_device(), dtype, shapes, strides, rule, max_q, at_lse is None, at_rng is None)
+    return kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng
 
 
 def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -224,7 +269,7 @@ def repair_forward(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: 
     _launcher("triton_forward", "repair_kernel").with_addresses(
         (REPAIRERS, heads, 1),
         (number, kinds, strides),
-        None if index < 0 else _compat_operators.current_stream_pointer(index),
+        _stream(index),
         tensors,
         addresses,
         *strides,
@@ -293,7 +338,7 @@ def _differentiate(
             return _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
     query, scale = _positive_scale(query, rule.scale)
     fixed = _fixed(index, query, key, value, layout, rule, scale)
-    stream = None if index < 0 else _compat_operators.current_stream_pointer(index)
+    stream = _stream(index)
     sequences = _sequences(layout)
     (rows, heads, _), (rows_k, heads_k, _) = query.shape, key.shape
     data = _data(layout, rule, rng_state)
@@ -366,6 +411,11 @@ def _delta(
     return delta
 
 
+def _stream(index: int) -> int | None:
+    """The current stream of the device, which is the current one; ``None`` on the CPU."""
+    return None if index < 0 else _compat_operators.current_stream_pointer(index)
+
+
 def _sequences(layout: Layout) -> int:
     count = layout.cu_seq_q.shape[0] - 1
     if count > MAX_SEQUENCES:
@@ -384,7 +434,7 @@ def _data(layout: Layout, rule: Rule, rng_state: Tensor | None) -> tuple[Tensor 
         None if seqused_k is None else seqused_k.contiguous(),
         None if position_q is None else position_q.contiguous(),
         None if position_k is None else position_k.contiguous(),
-        None if rng_state is None or rule.dropout_p == 0.0 else rng_state.view(torch.int64),
+        None if rng_state is None or rule.dropout_p == 0.0 else rng_state.view(torch.int64).contiguous(),
     )
 
 
@@ -472,6 +522,7 @@ class Fixed(NamedTuple):
 
 _known: dict[tuple[Any, ...], Fixed] = {}
 _known_repairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_prepared: dict[tuple[Any, ...], Prepared] = {}
 _numbering = itertools.count()
 _MOST_KNOWN = 4096
 
@@ -555,4 +606,4 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device).view(torch.uint64)
 
 
-BACKEND = Backend("triton", supports, forward, backward, forward_into, backward_into, forward_alone)
+BACKEND = Backend("triton", supports, forward, backward, forward_into, backward_into, forward_drawn, takes_seeds=True)
