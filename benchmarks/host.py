@@ -32,7 +32,7 @@ from torch import Tensor
 
 from varlen_inductor import inductor_pass
 from varlen_inductor.lowering import attention, direct
-from varlen_inductor.ops.backends import BACKENDS, aten_flash, cudnn_plan, kept, launch, replay
+from varlen_inductor.ops.backends import BACKENDS, aten_flash, cudnn_plan, kept, launch, replay, triton_kernel
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 TOKENS, SEQUENCES, HEADS, HEAD_DIM = 128, 32, 12, 64
@@ -89,7 +89,8 @@ def innermost(kernels: str, backward: bool, call: Call) -> Call:
         "triton": (launch.Launcher, "again", _triton_launch),
     }
     pool = torch.cuda.MemPool()  # launches write to results, and to what was freed since: nobody else may get it
-    with torch.cuda.use_mem_pool(pool), _noted(*places[kernels]) as calls:
+    looks = patch.object(triton_kernel, "_usual", lambda *args: None)  # prepared launches are made elsewhere
+    with torch.cuda.use_mem_pool(pool), looks, _noted(*places[kernels]) as calls:
         results = call()
     if not calls:
         raise RuntimeError(f"{kernels} launched nothing where it was looked for")
@@ -115,7 +116,7 @@ def attention_calls(kernels: str, case: str, rule: Rule) -> dict[str, Call]:
     chosen, seeds = attention._chosen(query, key, value, layout, rule, kernels), {}
     if attention._is_one_launch(chosen, layout, rule):
         options["lse_by_row"] = True
-    if attention._seeds_for(chosen, layout, rule):
+    if attention._by_seeds(chosen, layout, rule):
         seeds["seeds"] = torch.randint(-(2**63), 2**63 - 1, (2,), device="cuda")
     args = (query, key, value, offsets, offsets, BOUND, BOUND)
     drawn = seeds or rule.dropout_p == 0.0

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from varlen_inductor import _compat_inductor, config
 from varlen_inductor.lowering import ahead, autotune
-from varlen_inductor.ops.attention import split_arguments
-from varlen_inductor.ops.backends import aten_flash, choose, fallback, seed_takers
+from varlen_inductor.ops.attention import drawn_from, split_arguments
+from varlen_inductor.ops.backends import aten_flash, choose, fallback
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
@@ -63,18 +63,19 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     return tuple([choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)])
 
 
-def _seeds_for(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> str | None:
-    """The kernel that drops weights, if it is to be given the seeds. No other drops the same, so it must run both ways."""
-    if rule.dropout_p == 0.0 or layout.seeds is not None or layout.block_table is not None or len(set(chosen)) != 1:
-        return None
-    return chosen[0].name if chosen[0].takes_seeds else None
+def _by_seeds(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
+    """Whether weights are dropped by seeds that are given, or will be, to the kernel that runs both ways: no other drops the same.
+
+    Of the backward the layout is as `drawn_from` makes it.
+    """
+    return rule.dropout_p > 0.0 and layout.block_table is None and len(set(chosen)) == 1 and chosen[0].takes_seeds
 
 
 def _is_one_launch(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
     """Whether the kernels need nothing around them if they may leave lse as they write it: nobody but a backward reads it then."""
     if not layout.tails_unread or layout.seqused_k is not None or layout.cu_seq_q is not layout.cu_seq_k:
         return False
-    drawn = rule.dropout_p == 0.0 or layout.seeds is not None or _seeds_for(chosen, layout, rule) is not None
+    drawn = rule.dropout_p == 0.0 or _by_seeds(chosen, layout, rule)
     return drawn and bool(chosen) and all(backend.lse_by_row for backend in chosen)
 
 
@@ -115,9 +116,12 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         chosen = _chosen(query, key, value, layout, rule, ranking or kernels)
         if not layout.lse_by_row and _is_one_launch(chosen, layout, rule):
             changed["lse_by_row"] = True
-        if pinned := _seeds_for(chosen, layout, rule):
-            # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
-            changed |= {"seeds": _compat_inductor.two_seeds(query.device), "kernels": pinned}
+        if _by_seeds(chosen, layout, rule):
+            if kernels != chosen[0].name:
+                changed["kernels"] = chosen[0].name
+            if layout.seeds is None:
+                # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
+                changed["seeds"] = _compat_inductor.two_seeds(query.device)
     if changed:
         out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
         # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.
@@ -165,10 +169,11 @@ def _backward(
     turned = not layout.lse_by_row and _is_turned(lse)
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
     if rng_state.dtype == torch.int64:  # the seeds that a forward was given
-        pinned = _seeds_for(_chosen(query, key, value, layout, rule, ranking or kernels), layout, rule) or seed_takers()
-        if kernels == pinned and not turned:
+        chosen = _chosen(query, key, value, drawn_from(rng_state, layout), rule, ranking or kernels)
+        kernel = chosen[1].name if chosen else kernels
+        if kernels == kernel and not turned:
             return NotImplemented
-        return _again(turned, *operands, *args, **{**options, "kernels": pinned})
+        return _again(turned, *operands, *args, **{**options, "kernels": kernel})
     if ranking is not None and ranking != kernels:
         return _again(turned, *operands, *args, **{**options, "kernels": ranking})
     if turned:

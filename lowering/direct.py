@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from varlen_inductor.ops.attention import debug, default_kernels, run_backward, run_forward, split_arguments
+from varlen_inductor.ops.attention import debug, default_kernels, drawn_from, run_backward, run_forward, split_arguments
 from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import Backend, backward_by, forward_by
 from varlen_inductor.ops.joined import backward_joined_by, run_backward_joined
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``varlen_inductor::varlen_attn_backward``."""
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = kernels or default_kernels()
+    kernels, layout = kernels or default_kernels(), drawn_from(rng_state, layout)
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
@@ -73,7 +73,7 @@ def backward_joined(
 ) -> Tensor:
     """``varlen_inductor::varlen_attn_backward_joined``."""
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = kernels or default_kernels()
+    kernels, layout = kernels or default_kernels(), drawn_from(rng_state, layout)
     return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
@@ -101,10 +101,18 @@ def site(
 class _Known:
     """What a site has found out for calls with the same ``max_q`` and ``max_k``."""
 
-    def __init__(self, call: _Call, operands: tuple[Tensor, Tensor, Tensor], args: _Lengths, tensors: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        call: _Call,
+        operands: tuple[Tensor, Tensor, Tensor],
+        args: _Lengths,
+        tensors: dict[str, Any],
+        rng_state: Tensor | None,
+    ) -> None:
         layout, self.rule, kernels = split_arguments(operands[0], *args, **{**call.options, **tensors})
         self.kernels = kernels or default_kernels()
-        self.problem = Problem.of(*operands, layout, self.rule)
+        posed = layout if rng_state is None else drawn_from(rng_state, layout)
+        self.problem = Problem.of(*operands, posed, self.rule)
         choice = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward))
         self.backend, self.gathers = choice.backend, choice.gathers
         self.run = call.of(choice.backend)
@@ -130,10 +138,18 @@ class _Call:
         self.backward = backward
         self.found: dict[tuple[int, int], _Known] = {}
 
-    def look(self, query: Tensor, key: Tensor, value: Tensor, args: _Lengths, tensors: dict[str, Any]) -> _Known:
+    def look(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        args: _Lengths,
+        tensors: dict[str, Any],
+        rng_state: Tensor | None = None,
+    ) -> _Known:
         if len(self.found) >= _MOST_BOUNDS:
             self.found.clear()
-        known = self.found[args[2:]] = _Known(self, (query, key, value), args, tensors)
+        known = self.found[args[2:]] = _Known(self, (query, key, value), args, tensors, rng_state)
         return known
 
 
@@ -193,7 +209,7 @@ def _backward_site(
         *args: Any,
         **tensors: Tensor,
     ) -> Any:
-        known = found.get(args[2:]) or look(query, key, value, args, tensors)
+        known = found.get(args[2:]) or look(query, key, value, args, tensors, rng_state)
         # The gradient of lse is prepared before a kernel sees it.
         if grad_lse is None and not failed(known.problem, True):
             layout = known.layout(args, tensors)

@@ -370,21 +370,25 @@ def test_each_number_is_looked_for_where_it_is() -> None:
     assert targets == [torch.ops.aten.slice.Tensor] * 2 + [torch.ops.aten.cat.default] * 5
 
 
-def test_one_kernel_runs_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("kernels", ["auto", "fastest", "cpu", "math", "-cpu", "-math", "other,math,cpu", "cpu,math"])
+def test_one_kernel_runs_both_ways(kernels: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where several take numbers: no two drop the same."""
-    first = dataclasses.replace(AS_TOLD, name="math", lse_by_row=False)
-    for takers in ((AS_TOLD, first), (first, AS_TOLD)):
-        monkeypatch.setattr(backends, "BACKENDS", (*takers, OTHER))
-        backends.choose.cache_clear()
-        x, valid = padded_batch()
-        x.requires_grad_()
-        compiled = torch.compile(Mixing(recompute=False), backend="varlen_inductor", options={"varlen.round_tokens": 4})
-        with torch._inductor.config.patch(force_disable_caches=True):
-            _, code = run_and_get_code(functools.partial(_step, compiled, x, torch.randn_like(x), valid))
-        sites = re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
-        assert len(sites) == 4
-        assert all(f"kernels='{takers[0].name}'" in site for site in sites)
-        assert all(("lse_by_row=True" in site) == takers[0].lse_by_row for site in sites)
+    second = dataclasses.replace(AS_TOLD, name="math", lse_by_row=False)
+    unable = dataclasses.replace(OTHER, supports=lambda problem: "it does not like it")
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, second, unable))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    x.requires_grad_()
+    options = {"varlen.round_tokens": 4, "varlen.kernels": kernels}
+    compiled = torch.compile(Mixing(recompute), backend="varlen_inductor", options=options)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(functools.partial(_step, compiled, x, torch.randn_like(x), valid))
+    sites = re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
+    assert len(sites) == (6 if recompute else 4)
+    expected = "math" if kernels in ("math", "-cpu", "other,math,cpu") else "cpu"
+    assert [re.findall(r"kernels='(.*?)'", site) for site in sites] == [[expected]] * len(sites)
+    assert all(("lse_by_row=True" in site) == (expected == "cpu") for site in sites)
 
 
 def _step(function: Any, x: Tensor, *args: Tensor) -> None:

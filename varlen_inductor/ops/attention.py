@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat_operators, config
-from varlen_inductor.ops.backends import choose, fallback, seed_takers
+from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import backward_by, forward_by, with_lse_as_asked
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
@@ -156,13 +156,17 @@ def _backward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, rule, kernels = split_arguments(query, *args, **options)
-    kernels = kernels_after(rng_state, default_kernels() if kernels is None else kernels)
+    kernels = default_kernels() if kernels is None else kernels
+    layout = drawn_from(rng_state, layout)
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 
-def kernels_after(rng_state: Tensor, kernels: str) -> str:
-    """``kernels`` for a backward; where the forward was given seeds (int64), those that take them: no other drops the same."""
-    return seed_takers() if rng_state.dtype == torch.int64 else kernels
+def drawn_from(rng_state: Tensor, layout: Layout) -> Layout:
+    """The layout of a backward, with the seeds that its forward was given, if it was (they are int64, and others are not).
+
+    So the kernel that was chosen for the forward is for the backward: no other drops the same.
+    """
+    return layout._replace(seeds=rng_state) if rng_state.dtype == torch.int64 else layout
 
 
 def run_forward(
@@ -352,7 +356,7 @@ class _VarlenAttn(torch.autograd.Function):
         out, lse, rng_state, query, key, value, cu_seq_q, cu_seq_k, *tensors = ctx.saved_tensors
         options = {**ctx.options, **dict(zip(ctx.tensor_names, tensors, strict=True))}
         layout, rule, kernels = split_arguments(query, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, **options)
-        kernels = kernels_after(rng_state, default_kernels() if kernels is None else kernels)
+        kernels, layout = default_kernels() if kernels is None else kernels, drawn_from(rng_state, layout)
         gradients = through_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
         return None, None, *gradients, None, None, None, None
 

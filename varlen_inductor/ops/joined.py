@@ -23,7 +23,7 @@ from varlen_inductor.ops.attention import (
     OPTIONS,
     TAGS,
     default_kernels,
-    kernels_after,
+    drawn_from,
     nothing_to_attend,
     split_arguments,
     without_double_backward,
@@ -132,7 +132,7 @@ def _backward(
 ) -> Tensor:
     layout, rule, kernels = split_arguments(query, *args, **options)
     _check_rows(query, key)
-    kernels = kernels_after(rng_state, default_kernels() if kernels is None else kernels)
+    kernels, layout = default_kernels() if kernels is None else kernels, drawn_from(rng_state, layout)
     return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 

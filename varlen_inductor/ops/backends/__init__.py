@@ -96,11 +96,6 @@ def choose(problem: Problem, kernels: str = "auto", backward: bool = False, fail
     return Choice(chosen, refused)
 
 
-def seed_takers() -> str:
-    """The backends that drop by given seeds, as ``config.kernels``: no others."""
-    return ",".join(f"-{backend.name}" for backend in BACKENDS if not backend.takes_seeds)
-
-
 def named(kernels: str) -> tuple[tuple[str, ...], frozenset[str]]:
     """The backends that ``config.kernels`` leaves, in its order (none: all), and those that it forbids.
 
