@@ -3,19 +3,20 @@
     python benchmarks/host.py [--output FOLDER]
 
 A problem whose kernels are over at once, so that only the host counts: 128 tokens in 32 sequences, 12 heads of 64, bfloat16. All
-calls take turns, and of each the median over rounds and the least are told. By kernel, in inference, in training and with dropout:
+calls take turns, and medians over rounds are told, with quartiles. By kernel, in inference, in training and with dropout:
 
 - *launch*: the innermost call that gets the kernels to the device, again and again with the arguments that one attention gave it:
   cuDNN's ``execute``, flash-attn-4's compiled functions, Triton's compiled launcher (not ``kernel[grid]``, which takes longer), and
   PyTorch's operator for FlashAttention 2. Only the last one allocates its results.
 - *call*: what generated code calls. It also allocates the results. (For FlashAttention 2 it calls PyTorch's operator itself.)
 - *graph* (forward): by how much longer a compiled graph with twelve attentions more takes to enqueue, each; so with the checks of
-  sizes that Inductor puts behind each call and, in training, what autograd takes to save three tensors.
+  sizes that Inductor puts behind each call and, in training, what autograd takes to save the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import time
@@ -37,7 +38,7 @@ from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 TOKENS, SEQUENCES, HEADS, HEAD_DIM = 128, 32, 12, 64
 BOUND = 512
-ROUNDS, CALLS = 40, 50
+ROUNDS, CALLS = 40, 30
 FEW, MANY = 4, 16
 
 Call = Callable[[], Any]
@@ -150,16 +151,17 @@ def graph(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, options: d
 
 
 def in_turns(calls: dict[tuple[str, ...], Call]) -> dict[tuple[str, ...], list[float]]:
-    """Microseconds that each takes the host, by round."""
+    """Microseconds that each takes the host, by round; below autograd, as generated code runs."""
     times: dict[tuple[str, ...], list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            repeat = CALLS // MANY + 1 if name[-1] in ("few", "many") else CALLS
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            times[name].append((time.perf_counter() - start) / repeat * 1e6)
+            of_graph = name[-1] in ("few", "many")
+            with contextlib.nullcontext() if of_graph else torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(of_graph):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    call()
+                times[name].append((time.perf_counter() - start) / CALLS * 1e6)
     return times
 
 
@@ -183,26 +185,33 @@ def main() -> None:
     for call in calls.values():
         for _ in range(5):
             call()
-    for (name, case, what), call in list(calls.items()):
-        if what.endswith("call"):
-            calls[name, case, what.replace("call", "launch")] = innermost(name, what != "call", call)
+    turns: dict[tuple[str, ...], Call] = {}
+    for (name, case, what), call in calls.items():
+        if what.endswith("call"):  # side by side, for a host has slow moments
+            turns[name, case, what.replace("call", "launch")] = innermost(name, what != "call", call)
+        turns[name, case, what] = call
     gc.collect()
     gc.disable()  # it would come in the middle of a call
-    times = in_turns(calls)
+    times = in_turns(turns)
     for name, case, what in list(times):
         if what == "few":
             few, many = times.pop((name, case, "few")), times.pop((name, case, "many"))
             times[name, case, "graph"] = [(b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True)]
         elif name == "aten_flash" and what.endswith("call"):
             del times[name, case, what]  # nothing calls that: the graph has PyTorch's operator
+    for (name, case, what), measured in list(times.items()):
+        launch_of = "backward, launch" if what.startswith("backward") else "launch"
+        if what != launch_of:
+            launches = times[name, case, launch_of]
+            times[name, case, f"{what}, more"] = [a - b for a, b in zip(measured, launches, strict=True)]
     rows: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for (name, case, what), measured in times.items():
+    for (name, case, what), measured in sorted(times.items()):
         row = rows.setdefault(name, {}).setdefault(case, {})
-        row[what] = [round(statistics.median(measured), 1), round(min(measured), 1)]
+        row[what] = [round(x, 1) for x in statistics.quantiles(measured, n=4)]
+    print("us of the host, median (quartiles); 'more' than the launch, round by round")
     for name, cases in rows.items():
         for case, row in cases.items():
-            print(f"{name:12}{case:12}" + "  ".join(f"{what} {a:.1f} ({b:.1f})" for what, (a, b) in row.items()))
-    print("us of the host: the median (the least)")
+            print(f"{name:12}{case:12}" + "  ".join(f"{what} {b:.1f} ({a:.1f}-{c:.1f})" for what, (a, b, c) in row.items()))
     print("wrote", save("host-cuda", "cuda", rows, options.output))
 
 

@@ -6,6 +6,7 @@ Launches are not made but noted, and Triton is asked what it would make of the a
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def test_keys(launches: list[Launch]) -> None:
 
 
 def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward that is launched past all of this has what it would have had, and is for the same compiled kernel."""
+    """What is launched past all of this has what it would have had, and is for the same compiled kernel."""
     made: list[tuple[Any, ...]] = []
     looked: list[bool] = []
 
@@ -128,20 +129,36 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernel, "_launcher", functools.cache(triton_kernel._launcher.__wrapped__))
     monkeypatch.setattr(triton_kernel, "_stream", lambda index: 7)
     monkeypatch.setattr(triton_kernel, "hooked", lambda: bool(hooks))
+    delta = torch.zeros(2048)
+    monkeypatch.setattr(triton_kernel, "empty", lambda like, *size, dtype: delta[: math.prod(size)].view(size))
     draw = random.Random(0)
     again = 0
     for _ in range(3000):
-        query, key, value, layout, rule, _ = some_call(draw)
+        query, key, value, layout, rule, gradient = some_call(draw)
         rule = rule._replace(scale=abs(rule.scale) or 2.0)  # others take another query
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
         lse = torch.zeros(query.shape[1], query.shape[0]) if draw.random() < 0.7 else None
         seeds = torch.zeros(4, dtype=torch.int64)[draw.choice([0, 1]) :][:2]
         hooks[:] = ["theirs"] * (draw.random() < 0.1)
+        backward = lse is not None and draw.random() < 0.5
+        gap = draw.choice([0, 0, 3, 8])
+        grads = tuple(rows_of(*x.shape, x.dtype, 0, gap) for x in (query, key, value))
         for known in ({}, prepared, prepared):
-            monkeypatch.setattr(triton_kernel, "_prepared", known)
+            monkeypatch.setattr(triton_kernel, "_prepared_backward" if backward else "_prepared", known)
             looked.append(False)
-            triton_kernel._attend(out, lse, seeds, query, key, value, layout, rule)
-        assert made[0] == made[1] == made[2]
+            if backward:
+                grad_lse = torch.zeros(lse.shape) if draw.random() < 0.1 else None
+                triton_kernel._differentiate(grads, gradient, grad_lse, out, lse, seeds, query, key, value, layout, rule)
+                if grad_lse is not None:
+                    assert looked[-1]
+                    del made[-3:]
+                    continue
+            else:
+                triton_kernel._attend(out, lse, seeds, query, key, value, layout, rule)
+        launches = 3 if backward else 1
+        first = made[:launches]
+        assert len(made) % launches == 0
+        assert all(made[i : i + launches] == first for i in range(0, len(made), launches))
         again += looked[-1] is False
         assert looked[-1] or not hooks
         made.clear()

@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A launch that can be made again with other addresses: ``run(*grid, stream, *kernel, *addresses, *last)``.
+    """A launch that can be made again with other addresses.
 
     Whoever makes it has seen to it that no key would tell it from the first one, and that no launch is `hooked`.
     """
@@ -51,6 +51,11 @@ class Prepared(NamedTuple):
     grid: tuple[int, int, int]
     kernel: tuple[Any, ...]
     last: tuple[Any, ...]
+
+    def launch(self, stream: int, *addresses: int | None) -> None:
+        """Launch on ``stream``, of the current device. Of what is no tensor's there is ``None``."""
+        run, grid, kernel, last = self
+        run(*grid, stream, *kernel, *addresses, *last)
 
 
 class Launcher:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -160,13 +161,11 @@ def _attend(
         rng_state = None
     stream = _stream(index)
     usual = None if stream is None else _usual(out, lse, rng_state, query, key, value, layout, rule)
-    if usual is not None:
+    if stream is not None and usual is not None:
         kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng = usual
         prepared = _prepared.get(kind)
         if prepared is not None and not hooked():
-            run, grid, kernel, last = prepared
-            at = (at_query, at_key, at_value, at_out, at_lse, at_q, at_k, None, None, None, at_rng, None)
-            run(*grid, stream, *kernel, *at, *last)
+            prepared.launch(stream, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, None, None, None, at_rng, None)
             return None
     tokens, heads, _ = query.shape
     query, scale = _positive_scale(query, rule.scale)
@@ -181,12 +180,27 @@ def _attend(
     launch, options, constants = fixed.forward
     of_kernel = (fixed.number, kinds, strides, page_size)
     last = (*strides, sequences, tokens, *fixed.scales, *fixed.numbers, *constants, page_size)
-    launch.with_addresses(grid, of_kernel, stream, tensors, addresses, *last, **options)
-    if usual is not None and (again := launch.prepared(grid, of_kernel, last)) is not None:
+    again = _launch(launch, grid, of_kernel, stream, tensors, addresses, last, options)
+    if usual is not None and again is not None:
         if len(_prepared) >= _MOST_KNOWN:
             _prepared.clear()
         _prepared[usual[0]] = again
     return None
+
+
+def _launch(
+    launch: Launcher,
+    grid: tuple[int, int, int],
+    key: tuple[Any, ...],
+    stream: int | None,
+    tensors: Sequence[Tensor | None],
+    addresses: Sequence[int | None],
+    last: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Prepared | None:
+    """Launch, and prepare the same launch with other addresses, if it can be."""
+    launch.with_addresses(grid, key, stream, tensors, addresses, *last, **options)
+    return launch.prepared(grid, key, last)
 
 
 def _usual(
@@ -336,13 +350,18 @@ def _differentiate(
     if index >= 0 and index != _compat_operators.current_device_index():
         with torch.cuda.device(index):
             return _differentiate(grads, grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule)
+    stream = _stream(index)
+    usual = None
+    if stream is not None and grad_lse is None:
+        usual = _usual_backward(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
+        if usual is not None and _differentiate_again(usual, out, stream):
+            return None
     query, scale = _positive_scale(query, rule.scale)
     fixed = _fixed(index, query, key, value, layout, rule, scale)
-    stream = _stream(index)
     sequences = _sequences(layout)
     (rows, heads, _), (rows_k, heads_k, _) = query.shape, key.shape
     data = _data(layout, rule, rng_state)
-    delta = _delta(fixed, stream, out, grad_out, grad_lse, data[0], sequences)
+    delta, of_delta = _delta(fixed, stream, out, grad_out, grad_lse, data[0], sequences)
     operands = (query, key, value, grad_out, lse, delta)
     addresses, kinds = _places((*operands, *grads, *data))
     at_operands, at_grads, at_data = addresses[:6], addresses[6:9], addresses[9:]
@@ -350,65 +369,89 @@ def _differentiate(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     strides_q, strides_kv = grad_query.stride()[:2], (*grad_key.stride()[:2], *grad_value.stride()[:2])
     launch, options, constants = fixed.query_gradient
-    launch.with_addresses(
+    of_query = _launch(
+        launch,
         (-(-max(layout.max_q, 1) // fixed.tiles.query_gradient.queries), heads, sequences + 1),
         (fixed.number, kinds, strides, strides_q),
         stream,
         (*operands, grad_query, *data),
         (*at_operands, at_grads[0], *at_data),
-        *strides,
-        *strides_q,
-        sequences,
-        rows,
-        *fixed.scales,
-        rule.scale,
-        *fixed.numbers,
-        *constants,
-        **options,
+        (*strides, *strides_q, sequences, rows, *fixed.scales, rule.scale, *fixed.numbers, *constants),
+        options,
     )
     launch, options, constants = fixed.key_gradient
-    launch.with_addresses(
+    of_keys = _launch(
+        launch,
         (-(-max(layout.max_k, 1) // fixed.tiles.key_gradient.keys), heads_k, sequences + 1),
         (fixed.number, kinds, strides, strides_kv),
         stream,
         (*operands, grad_key, grad_value, *data),
         (*at_operands, *at_grads[1:], *at_data),
-        *strides,
-        *strides_kv,
-        sequences,
-        rows,
-        rows_k,
-        *fixed.scales,
-        scale,
-        *fixed.numbers,
-        *constants,
-        **options,
+        (*strides, *strides_kv, sequences, rows, rows_k, *fixed.scales, scale, *fixed.numbers, *constants),
+        options,
     )
+    if usual is not None and of_delta is not None and of_query is not None and of_keys is not None:
+        if len(_prepared_backward) >= _MOST_KNOWN:
+            _prepared_backward.clear()
+        _prepared_backward[usual[0]] = PreparedBackward(of_delta, of_query, of_keys)
     return None
+
+
+def _differentiate_again(usual: tuple[Any, ...], out: Tensor, stream: int) -> bool:
+    """Launch what was launched for a backward of this kind, if it was; says whether. ``usual`` is as `_usual_backward` makes it."""
+    kind, at_out, at_grad, at_query, at_key, at_value, at_lse, at_grads, at_q, at_k, at_rng = usual
+    prepared = _prepared_backward.get(kind)
+    if prepared is None or hooked():
+        return False
+    tokens, heads, _ = out.shape
+    delta = empty(out, heads, tokens, dtype=torch.float32)
+    at_delta = delta.data_ptr()
+    of_delta, of_query, of_keys = prepared
+    of_delta.launch(stream, at_out, at_grad, None, at_delta, at_q)
+    operands, data = (at_query, at_key, at_value, at_grad, at_lse, at_delta), (at_q, at_k, None, None, None, at_rng)
+    of_query.launch(stream, *operands, at_grads[0], *data)
+    of_keys.launch(stream, *operands, at_grads[1], at_grads[2], *data)
+    return True
+
+
+def _usual_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+) -> tuple[Any, ...] | None:
+    """Of a backward as packed graphs have it: all that its launches depend on but addresses, then these; ``None`` of any other."""
+    of_forward = _usual(out, lse, None if rule.dropout_p == 0.0 else rng_state, query, key, value, layout, rule)
+    if of_forward is None or not lse.is_contiguous():
+        return None
+    kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng = of_forward
+    grad_query, grad_key, grad_value = grads
+    at_grad = grad_out.data_ptr()
+    at_grads = grad_query.data_ptr(), grad_key.data_ptr(), grad_value.data_ptr()
+    if (at_grad | at_grads[0] | at_grads[1] | at_grads[2]) & 15:
+        return None
+    strides = (grad_out.stride(), grad_query.stride(), grad_key.stride(), grad_value.stride())
+    kind = (kind, strides, layout.max_k, grad_out.dtype, out.dtype, lse.dtype)
+    return kind, at_out, at_grad, at_query, at_key, at_value, at_lse, at_grads, at_q, at_k, at_rng
 
 
 def _delta(
     fixed: Fixed, stream: int | None, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, ends: Tensor | None, sequences: int
-) -> Tensor:
+) -> tuple[Tensor, Prepared | None]:
     tokens, heads, dim_v = out.shape
     delta = empty(out, heads, tokens, dtype=torch.float32)
     tensors = (out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, ends)
     addresses, kinds = _places(tensors)
     strides = (*out.stride(), *grad_out.stride())
-    _launcher("triton_backward", "delta_kernel").with_addresses(
-        (-(-tokens // DELTA_ROWS), heads, 1),
-        (fixed.number, kinds, strides),
-        stream,
-        tensors,
-        addresses,
-        *strides,
-        sequences,
-        tokens,
-        dim_v,
-        _padded(dim_v),
-        DELTA_ROWS,
-    )
-    return delta
+    launch, grid = _launcher("triton_backward", "delta_kernel"), (-(-tokens // DELTA_ROWS), heads, 1)
+    last = (*strides, sequences, tokens, dim_v, _padded(dim_v), DELTA_ROWS)
+    return delta, _launch(launch, grid, (fixed.number, kinds, strides), stream, tensors, addresses, last, {})
 
 
 def _stream(index: int) -> int | None:
@@ -507,6 +550,14 @@ class Kernel(NamedTuple):
     """The kernel's, from GROUPS on, in their order."""
 
 
+class PreparedBackward(NamedTuple):
+    """The three launches of a backward."""
+
+    delta: Prepared
+    query_gradient: Prepared
+    key_gradient: Prepared
+
+
 class Fixed(NamedTuple):
     """What calls of one kind of attention have in common."""
 
@@ -523,6 +574,7 @@ class Fixed(NamedTuple):
 _known: dict[tuple[Any, ...], Fixed] = {}
 _known_repairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _prepared: dict[tuple[Any, ...], Prepared] = {}
+_prepared_backward: dict[tuple[Any, ...], PreparedBackward] = {}
 _numbering = itertools.count()
 _MOST_KNOWN = 4096
 
