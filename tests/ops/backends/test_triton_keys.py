@@ -123,47 +123,64 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hooks: list[str] = []
     prepared: dict[Any, Any] = {}
+    memory = torch.zeros(2048)
     monkeypatch.setattr(Launcher, "with_addresses", launch)
     monkeypatch.setattr(triton_kernel, "_is_hopper", lambda device: True)
     monkeypatch.setattr(triton_kernel, "_known", {})
     monkeypatch.setattr(triton_kernel, "_launcher", functools.cache(triton_kernel._launcher.__wrapped__))
     monkeypatch.setattr(triton_kernel, "_stream", lambda index: 7)
     monkeypatch.setattr(triton_kernel, "hooked", lambda: bool(hooks))
-    delta = torch.zeros(2048)
-    monkeypatch.setattr(triton_kernel, "empty", lambda like, *size, dtype: delta[: math.prod(size)].view(size))
+    monkeypatch.setattr(triton_kernel, "empty", lambda like, *size, dtype: memory[: math.prod(size)].view(size))
     draw = random.Random(0)
     again = 0
-    for _ in range(3000):
+
+    def launched(known: dict[Any, Any], call: tuple[Any, ...]) -> list[Any]:
+        made.clear()
+        looked.clear()
+        out, lse, seeds, query, key, value, layout, rule, grads, *gradients = call
+        if grads is None:
+            monkeypatch.setattr(triton_kernel, "_prepared", known)
+            triton_kernel._attend(out, lse, seeds, query, key, value, layout, rule)
+        else:
+            monkeypatch.setattr(triton_kernel, "_prepared_backward", known)
+            triton_kernel._differentiate(grads, *gradients, out, lse, seeds, query, key, value, layout, rule)
+        return list(made)
+
+    for _ in range(1500):
         query, key, value, layout, rule, gradient = some_call(draw)
         rule = rule._replace(scale=abs(rule.scale) or 2.0)  # others take another query
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
-        lse = torch.zeros(query.shape[1], query.shape[0]) if draw.random() < 0.7 else None
+        lse = torch.zeros(query.shape[1], query.shape[0])
         seeds = torch.zeros(4, dtype=torch.int64)[draw.choice([0, 1]) :][:2]
-        hooks[:] = ["theirs"] * (draw.random() < 0.1)
-        backward = lse is not None and draw.random() < 0.5
-        gap = draw.choice([0, 0, 3, 8])
-        grads = tuple(rows_of(*x.shape, x.dtype, 0, gap) for x in (query, key, value))
-        for known in ({}, prepared, prepared):
-            monkeypatch.setattr(triton_kernel, "_prepared_backward" if backward else "_prepared", known)
-            looked.append(False)
-            if backward:
-                grad_lse = torch.zeros(lse.shape) if draw.random() < 0.1 else None
-                triton_kernel._differentiate(grads, gradient, grad_lse, out, lse, seeds, query, key, value, layout, rule)
-                if grad_lse is not None:
-                    assert looked[-1]
-                    del made[-3:]
-                    continue
-            else:
-                triton_kernel._attend(out, lse, seeds, query, key, value, layout, rule)
-        launches = 3 if backward else 1
-        first = made[:launches]
-        assert len(made) % launches == 0
-        assert all(made[i : i + launches] == first for i in range(0, len(made), launches))
-        again += looked[-1] is False
-        assert looked[-1] or not hooks
-        made.clear()
-        looked.clear()
-    assert again > 500, "nothing was launched so"
+        operands = [query, key, value]
+        grads = [torch.empty_like(x) for x in operands]
+        for _ in range(8):
+            given = (out, lse, seeds, *operands, layout, rule)
+            for call in ((*given, None), (*given, grads, gradient, None)):
+                assert launched({}, call) == launched(prepared, call)
+                again += not looked
+                assert looked or not hooks
+            # The next call differs in one thing.
+            change, which, gap, offset = draw.randrange(9), draw.randrange(3), draw.choice([0, 8, 16, 3]), draw.choice([0, 4, 8])
+            hooks[:] = ["theirs"] * (change == 0)
+            if change == 1:
+                layout = layout._replace(max_q=draw.choice([1, 16, 512, 513, 2048]))
+            elif change == 2:
+                layout = layout._replace(max_k=draw.choice([1, 16, 512, 513, 2048]))
+            elif change == 3:
+                grads[which] = rows_of(*grads[which].shape, grads[which].dtype, offset, gap)
+            elif change == 4:
+                operands[which] = rows_of(*operands[which].shape, query.dtype, offset, gap)
+            elif change == 5:
+                gradient = rows_of(*gradient.shape, gradient.dtype, offset, gap)
+            elif change == 6:
+                rule = rule._replace(dropout_p=draw.choice([0.0, 0.25]), window_left=draw.choice([-1, 4]))
+            elif change == 7:
+                ends = torch.zeros(draw.choice([2, 5, 6]), dtype=torch.int32)
+                layout = layout._replace(cu_seq_q=ends, cu_seq_k=draw.choice([ends, ends.clone()]), seqused_k=None)
+            elif change == 8:
+                out = rows_of(*out.shape, out.dtype, offset, gap)
+    assert again > 1000, "nothing was launched so"
 
 
 def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:

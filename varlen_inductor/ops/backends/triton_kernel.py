@@ -238,7 +238,7 @@ def _usual(
         return None
     shapes = (query.shape, key.shape, value.shape, cu_q.shape)
     strides = (query.stride(), key.stride(), value.stride(), out.stride())
-    kind = (query.get_device(), dtype, shapes, strides, rule, max_q, at_lse is None, at_rng is None)
+    kind = (query.get_device(), dtype, shapes, strides, rule, max_q, at_lse is None)
     return kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng
 
 
