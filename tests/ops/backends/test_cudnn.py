@@ -123,6 +123,7 @@ def fresh_memory_is_nan() -> None:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cudnn, "plan_for", StandIn)
     monkeypatch.setattr(cudnn, "_known", {})
+    monkeypatch.setattr(cudnn, "_ready", {})
     monkeypatch.setattr(_compat_operators, "current_device_index", lambda: -1)
     monkeypatch.setattr(_compat_operators, "current_stream_pointer", lambda index: STREAM)
     monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(cudnn.BACKEND, supports=lambda problem: None),))

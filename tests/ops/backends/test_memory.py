@@ -47,6 +47,21 @@ def test_by_pytorch_on_another_device_or_without_the_allocator(
     assert memory.empty(OnDevice(), 2, 3, dtype=torch.int8) == ("by PyTorch", (2, 3), torch.int8)  # type: ignore[arg-type, comparison-overlap]
 
 
+@pytest.mark.parametrize("lse_size", [(3, 4), (4, 3), None], ids=str)
+@pytest.mark.parametrize("allocator", [True, False])
+def test_results(allocator: bool, lse_size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_allocate", torch._C._dynamo.guards._empty_strided_cpu if allocator else None)
+    monkeypatch.setattr(_compat_operators, "current_device_index", lambda: 1)
+    like: Any = OnDevice() if allocator else torch.ones(2, dtype=torch.bfloat16)
+    out, lse = memory.empty_results(like, 4, 3, 8, lse_size)
+    assert (out.shape, out.dtype, out.is_contiguous()) == ((4, 3, 8), torch.bfloat16, True)
+    if lse_size is None:
+        assert lse is None
+    else:
+        assert lse is not None
+        assert (lse.shape, lse.dtype, lse.is_contiguous()) == (lse_size, torch.float32, True)
+
+
 def test_on_the_cpu() -> None:
     found = memory.empty(torch.ones(2, dtype=torch.float16), 2, 3)
     assert (found.shape, found.dtype, found.device.type) == ((2, 3), torch.float16, "cpu")

@@ -49,7 +49,7 @@ from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends import triton_kernel
 from varlen_inductor.ops.backends.base import Backend, unknown_option
 from varlen_inductor.ops.backends.flash_common import MAX_HEAD_DIM, contiguous, positive_scale, ready
-from varlen_inductor.ops.backends.memory import empty
+from varlen_inductor.ops.backends.memory import empty, empty_results
 from varlen_inductor.ops.backends.order import Order
 from varlen_inductor.ops.backends.packages import load
 from varlen_inductor.ops.backends.replay import Replay, Sizes
@@ -221,8 +221,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         query, rule, _ = positive_scale(query, rule)
     q, k, v, sizes = _operands(query, key, value)
     rows, heads, _, _, _, dim_v = sizes
-    out = empty(q, rows, heads, dim_v)
-    lse = empty(q, heads, rows, dtype=torch.float32)
+    out, lse = empty_results(q, rows, heads, dim_v, (heads, rows))
+    assert lse is not None
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)
     elif _repairable(v.device) and _work(sizes, layout, rule) <= LITTLE_WORK and not torch.are_deterministic_algorithms_enabled():

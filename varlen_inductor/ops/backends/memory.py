@@ -27,3 +27,14 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         strides.append(step)
         step *= n or 1
     return _allocate(size, tuple(strides[::-1]), dtype)
+
+
+def empty_results(
+    like: Tensor, rows: int, heads: int, dim: int, lse_size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of a forward ``out`` (rows, heads, dim) and, if it has a size, lse in float32: one question for both, and no loops."""
+    index = like.get_device()
+    if _allocate is None or index < 0 or index != _compat_operators.current_device_index():
+        return like.new_empty((rows, heads, dim)), None if lse_size is None else like.new_empty(lse_size, dtype=torch.float32)
+    out = _allocate((rows, heads, dim), (heads * dim, dim, 1), like.dtype)
+    return out, None if lse_size is None else _allocate(lse_size, (lse_size[1], 1), torch.float32)

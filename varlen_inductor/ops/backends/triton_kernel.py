@@ -20,7 +20,7 @@ from torch import Tensor
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.launch import Launcher, Prepared, hooked, starts_early
-from varlen_inductor.ops.backends.memory import empty
+from varlen_inductor.ops.backends.memory import empty, empty_results
 from varlen_inductor.ops.backends.tails import REACH
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
@@ -136,8 +136,7 @@ def forward_drawn(
 ) -> tuple[Tensor, Tensor | None]:
     """``out`` and ``lse``; see ``ForwardDrawn``. What is not wanted is not written."""
     tokens, heads, _ = query.shape
-    out = empty(query, tokens, heads, value.shape[-1])
-    lse = empty(query, heads, tokens, dtype=torch.float32) if wants_lse else None
+    out, lse = empty_results(query, tokens, heads, value.shape[-1], (heads, tokens) if wants_lse else None)
     _attend(out, lse, layout.seeds, query, key, value, layout, rule)
     return out, lse
 
