@@ -114,7 +114,8 @@ def measure_hosts() -> dict[str, dict[str, float]]:
             backward()
             calls |= {(backend.name, f"forward{suffix}"): forward, (backend.name, f"backward{suffix}"): backward}
         if backend.forward_drawn is not None:
-            calls[backend.name, "forward, alone"] = partial(backend.forward_drawn, query, key, value, as_packed, rule, False)
+            drawn = partial(backend.forward_drawn, query, key, value, packed, rule)
+            calls |= {(backend.name, "forward"): partial(drawn, True), (backend.name, "forward, alone"): partial(drawn, False)}
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     # In turns, and the least of all: whatever else a host does makes a call longer, and does so for a while.
     for _ in range(12):
