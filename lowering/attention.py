@@ -56,8 +56,11 @@ def _direct(
 
 
 def _chosen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None) -> tuple[Backend, ...]:
-    """The kernels of choice, forward and backward; none where that is found out when the graph runs."""
-    if query.device.type != "cuda" or not isinstance(layout.max_q, int):
+    """The kernels of choice, forward and backward; none where that is found out when the graph runs.
+
+    With dropout it never is, for then the backward must not find another.
+    """
+    if query.device.type != "cuda" or (rule.dropout_p == 0.0 and not isinstance(layout.max_q, int)):
         return ()
     problem, kernels = Problem.of(query, key, value, layout, rule), kernels or config.kernels
     return tuple([choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)])
@@ -116,12 +119,11 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         chosen = _chosen(query, key, value, layout, rule, ranking or kernels)
         if not layout.lse_by_row and _is_one_launch(chosen, layout, rule):
             changed["lse_by_row"] = True
-        if _by_seeds(chosen, layout, rule):
-            if kernels != chosen[0].name:
-                changed["kernels"] = chosen[0].name
-            if layout.seeds is None:
-                # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
-                changed["seeds"] = _compat_inductor.two_seeds(query.device)
+        if rule.dropout_p > 0.0 and chosen and kernels != chosen[0].name:
+            changed["kernels"] = chosen[0].name  # as the backward will have it
+        if layout.seeds is None and _by_seeds(chosen, layout, rule):
+            # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
+            changed["seeds"] = _compat_inductor.two_seeds(query.device)
     if changed:
         out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
         # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.
@@ -168,20 +170,19 @@ def _backward(
     operands = (grad_out, grad_lse, out, lse, rng_state, query, key, value)
     turned = not layout.lse_by_row and _is_turned(lse)
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=True)
-    if rng_state.dtype == torch.int64:  # the seeds that a forward was given
+    if rule.dropout_p > 0.0:
+        # That of the forward, which was found by the same question.
         chosen = _chosen(query, key, value, drawn_from(rng_state, layout), rule, ranking or kernels)
-        kernel = chosen[1].name if chosen else kernels
-        if kernels == kernel and not turned:
-            return NotImplemented
-        return _again(turned, *operands, *args, **{**options, "kernels": kernel})
+        kernel = chosen[0].name if chosen else ranking or kernels
+        if kernels != kernel:
+            return _again(turned, *operands, *args, **{**options, "kernels": kernel})
     if ranking is not None and ranking != kernels:
         return _again(turned, *operands, *args, **{**options, "kernels": ranking})
     if turned:
         return _again(turned, *operands, *args, **options)
+    if rng_state.dtype == torch.int64:  # seeds: PyTorch's operator takes none
+        return NotImplemented
     direct = _direct(query, key, value, layout, rule, kernels, backward=True)
-    if direct and grad_lse is not None and rule.dropout_p > 0.0 and kernels != "aten_flash":
-        # The forward became the ATen operator, and no other kernel draws again what it drew.
-        return _again(turned, *operands, *args, **{**options, "kernels": "aten_flash"})
     if grad_lse is not None or not direct:
         return NotImplemented
     return _aten._flash_attention_backward.default(

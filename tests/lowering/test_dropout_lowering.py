@@ -9,6 +9,7 @@ import torch
 
 from attention_cases import make_case
 from varlen_inductor.lowering import attention
+from varlen_inductor.ops.backends import aten_flash
 
 
 @pytest.mark.parametrize(("dropout_p", "expected"), [(0.1, "aten_flash"), (0.0, None)])
@@ -25,6 +26,7 @@ def test_gradient_of_lse(dropout_p: float, expected: str | None, monkeypatch: py
 
     monkeypatch.setattr(attention, "_ops", Operators)
     monkeypatch.setattr(attention, "_direct", lambda *args, **options: True)
+    monkeypatch.setattr(attention, "_chosen", lambda *args: (aten_flash.BACKEND,) * 2)
     case = make_case((5, 3))
     operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in case.operands]
     out, lse = torch.zeros(8, 2, 8), torch.zeros(2, 8)

@@ -18,6 +18,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import varlen_inductor
 from attention_cases import assert_close, make_case
 from helpers import MaskedAttention, padded_batch
 from varlen_inductor.lowering import attention, direct
@@ -370,13 +371,16 @@ def test_each_number_is_looked_for_where_it_is() -> None:
     assert targets == [torch.ops.aten.slice.Tensor] * 2 + [torch.ops.aten.cat.default] * 5
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
-@pytest.mark.parametrize("kernels", ["auto", "fastest", "cpu", "math", "-cpu", "-math", "other,math,cpu", "cpu,math"])
-def test_one_kernel_runs_both_ways(kernels: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where several take numbers: no two drop the same."""
-    second = dataclasses.replace(AS_TOLD, name="math", lse_by_row=False)
+@pytest.mark.parametrize(
+    ("kernels", "recompute"), [("auto", False), ("fastest", False), ("-cpu", False), ("other,math,cpu", False), ("math", True)]
+)
+@pytest.mark.parametrize("takes_seeds", [False, True])
+def test_one_kernel_runs_both_ways(takes_seeds: bool, kernels: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two drop the same, so the code names one, whatever is set when its backward runs."""
+    first = dataclasses.replace(AS_TOLD if takes_seeds else BY_ROW, takes_seeds=takes_seeds)
+    second = dataclasses.replace(first, name="math", lse_by_row=False)
     unable = dataclasses.replace(OTHER, supports=lambda problem: "it does not like it")
-    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, second, unable))
+    monkeypatch.setattr(backends, "BACKENDS", (first, second, unable))
     backends.choose.cache_clear()
     x, valid = padded_batch()
     x.requires_grad_()
@@ -385,14 +389,44 @@ def test_one_kernel_runs_both_ways(kernels: str, recompute: bool, monkeypatch: p
     with torch._inductor.config.patch(force_disable_caches=True):
         _, code = run_and_get_code(functools.partial(_step, compiled, x, torch.randn_like(x), valid))
     sites = re.findall(r"= varlen_site\((.*)\)", "\n".join(code))
-    assert len(sites) == (6 if recompute else 4)
+    # What draws is called as an operator where it is computed again, and is not there to be seen.
+    assert len(sites) == (2 if recompute and not takes_seeds else 6 if recompute else 4)
+    called = re.findall(r"varlen_attn\.default,.*?kernels='(.*?)'", "\n".join(code))
+    assert len(called) == (4 if recompute and not takes_seeds else 0)
     expected = "math" if kernels in ("math", "-cpu", "other,math,cpu") else "cpu"
     assert [re.findall(r"kernels='(.*?)'", site) for site in sites] == [[expected]] * len(sites)
-    assert all(("lse_by_row=True" in site) == (expected == "cpu") for site in sites)
+    assert called == [expected] * len(called)
+    assert all(("lse_by_row=True" in site) == (expected == "cpu" and takes_seeds) for site in sites)
 
 
 def _step(function: Any, x: Tensor, *args: Tensor) -> None:
     function(x, *args).sum().backward()
+
+
+def test_a_symbol_decides_nothing_with_dropout() -> None:
+    """Forward and backward are given the same answer then, where else the run chooses."""
+    with FakeTensorMode():
+        rows = OnCuda(torch.empty(14, 2, 8))
+        ends = torch.empty(3, dtype=torch.int32)
+        size = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
+        layout = Layout(ends, ends, size, size, tails_unread=True)
+        assert ASK(rows, rows, rows, layout, Rule(1.0), None) == ()  # type: ignore[arg-type]
+        assert ASK(rows, rows, rows, layout, Rule(1.0, dropout_p=0.5), None) == (BY_ROW, BY_ROW)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_another_order_does_not_change_the_kernel_of_a_backward(straight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without graphs: as where deterministic algorithms are asked for between the two."""
+    case = make_case((5, 9), dropout_p=0.5)
+    given: Any = case.operands
+    if straight:
+        out = varlen_inductor.varlen_attn(*given, scale=case.options.get("scale"), dropout_p=0.5)
+    else:
+        out, _, _ = operators.varlen_attn(*given, **case.options)
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS[::-1])
+    backends.choose.cache_clear()
+    out.sum().backward()
+    assert [name for name, _ in seen] == ["forward", "backward"]
 
 
 def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import varlen_inductor
 from attention_cases import LENGTHS, WINDOWS, Case, assert_close, check_against_reference, make_case, reference, run
 from varlen_inductor.ops.attention import varlen_attn, varlen_attn_backward, varlen_attn_drawn
+from varlen_inductor.ops.backends import math
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (4, 1)}
@@ -161,6 +164,32 @@ def test_nothing_left_to_be_drawn() -> None:
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
         with mode, pytest.raises(ValueError, match=r"dropout_p is 0\.5 and no seeds are given"):
             varlen_attn_drawn(*operands, dropout_p=0.5)
+
+
+def test_the_backward_is_asked_for_all_that_the_forward_was() -> None:
+    """Otherwise another kernel could be chosen for it, which drops other weights."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op in (varlen_attn, varlen_attn_backward):
+                asked.append({name: value for name, value in kwargs.items() if name != "kernels"})
+            return op(*args, **(kwargs or {}))
+
+    asked: list[dict[str, Any]] = []
+    case = make_case((4, 3), heads=(2, 2))
+    options = {"scale": 0.3, "window_left": 2, "window_right": 1, "dropout_p": 0.5, "softcap": 2.0, "batch_invariant": True}
+    with Record():
+        varlen_attn(*case.operands, **options)[0].sum().backward()
+    assert asked == [options] * 2
+
+
+def test_seeds_come_from_the_generator_of_the_device() -> None:
+    """PyTorch sets no other back where a forward is computed again."""
+    before = torch.get_rng_state()
+    assert math.new_rng_state(0.5, torch.device("meta")).dtype == torch.uint64
+    assert torch.equal(torch.get_rng_state(), before)
+    math.new_rng_state(0.5, torch.device("cpu"))
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_of_everything_and_of_nothing() -> None:

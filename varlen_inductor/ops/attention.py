@@ -169,6 +169,11 @@ def drawn_from(rng_state: Tensor, layout: Layout) -> Layout:
     return layout._replace(seeds=rng_state) if rng_state.dtype == torch.int64 else layout
 
 
+def kernel_of_both(problem: Problem, kernels: str) -> str:
+    """The kernel of a forward that drops weights, as ``kernels`` for its backward: no other drops the same."""
+    return choose(problem, kernels, False, fallback.failed(problem, False)).backend.name
+
+
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str, problem: Problem | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,7 +311,7 @@ def through_backward(
     if _compat_operators.nothing_intercepts(grad_out, grad_lse, query):
         return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
     cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _, lse_by_row, _ = layout
-    scale, window_left, window_right, dropout_p, softcap, _ = rule
+    scale, window_left, window_right, dropout_p, softcap, batch_invariant = rule
     return varlen_attn_backward(  # type: ignore[no-any-return]
         grad_out,
         grad_lse,
@@ -330,6 +335,7 @@ def through_backward(
         kernels=kernels,
         tails_unread=tails_unread,
         softcap=softcap,
+        batch_invariant=batch_invariant,
         lse_by_row=lse_by_row,
     )
 
@@ -342,9 +348,14 @@ class _VarlenAttn(torch.autograd.Function):
         out, lse, rng_state = _below(varlen_attn, _forward, keyset, args, options)
         query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k = args
         tensors = {name: options.pop(name) for name in _TENSOR_OPTIONS if name in options}
+        if options.get("dropout_p") and _compat_operators.nothing_intercepts(query, out):
+            # Whatever is set when the backward runs.
+            layout, rule, kernels = split_arguments(query, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, **tensors, **options)
+            if not nothing_to_attend(query, key, layout):
+                options["kernels"] = kernel_of_both(Problem.of(query, key, value, layout, rule), kernels or default_kernels())
         seeds = options.pop("seeds", None)
-        drawn_from = rng_state if seeds is None else seeds
-        ctx.save_for_backward(out, lse, drawn_from, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
+        numbers = rng_state if seeds is None else seeds
+        ctx.save_for_backward(out, lse, numbers, query, key, value, cu_seq_q, cu_seq_k, *tensors.values())
         ctx.options, ctx.tensor_names = options, tuple(tensors)
         ctx.mark_non_differentiable(rng_state)
         ctx.set_materialize_grads(False)

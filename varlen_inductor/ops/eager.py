@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varlen_inductor import _compat_operators
-from varlen_inductor.ops.attention import debug, default_kernels, run_forward, through_backward
+from varlen_inductor.ops.attention import debug, default_kernels, kernel_of_both, nothing_to_attend, run_forward, through_backward
 from varlen_inductor.ops.problem import Layout, Problem, Rule, must_be_deterministic
 from varlen_inductor.ops.validate import check_lengths, check_operands
 
@@ -36,6 +36,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, layout: Layout, rule: Rule, kernels: str, want_lse: bool, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         problem = Problem.of(query, key, value, layout, rule)
+        if rule.dropout_p > 0.0 and not nothing_to_attend(query, key, layout):
+            kernels = kernel_of_both(problem, kernels)
         out, lse, rng_state = run_forward(query, key, value, layout, rule, kernels, problem)
         others = [x for x in layout[4:7] if x is not None]
         # As many as the operator saves, so that a checkpoint may be recomputed by the other way.

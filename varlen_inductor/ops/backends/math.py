@@ -218,11 +218,13 @@ def _part_backward(
 
 
 def new_rng_state(dropout_p: float, device: torch.device) -> Tensor:
-    """A seed drawn from the default CPU generator, as ``rng_state``; empty if nothing is dropped."""
+    """A seed drawn from the default generator of ``device``, as ``rng_state``; empty if nothing is dropped.
+
+    From that one and no other: it is what PyTorch sets back where a forward is computed again.
+    """
     if dropout_p == 0.0:
         return torch.empty(0, dtype=torch.uint64, device=device)
-    seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
-    return seed.view(torch.uint64).to(device)
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device).view(torch.uint64)
 
 
 def replay(rng_state: Tensor) -> torch.Generator | None:
