@@ -112,7 +112,7 @@ def attention_calls(kernels: str, case: str, rule: Rule) -> dict[str, Call]:
     options: dict[str, Any] = {"scale": rule.scale, "dropout_p": rule.dropout_p, "kernels": kernels, "tails_unread": True}
     layout = Layout(offsets, offsets, BOUND, BOUND, tails_unread=True)
     found: dict[str, Call] = {}
-    found["few"], found["many"] = graph(query, key, value, offsets, options, training)
+    found["few"], found["many"] = graph(query, key, value, offsets, dict(options), training)
     # As the graph is lowered: Inductor draws the seeds of all layers at once.
     chosen, seeds = attention._chosen(query, key, value, layout, rule, kernels), {}
     if attention._is_one_launch(chosen, layout, rule):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlen_inductor import _compat_inductor, config
+from varlen_inductor import _compat_inductor, config, inductor_pass
 from varlen_inductor.lowering import ahead, autotune
 from varlen_inductor.ops.attention import drawn_from, split_arguments
 from varlen_inductor.ops.backends import aten_flash, choose, fallback
@@ -76,10 +76,14 @@ def _by_seeds(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
 
 def _is_one_launch(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
     """Whether the kernels need nothing around them if they may leave lse as they write it: nobody but a backward reads it then."""
-    if not layout.tails_unread or layout.seqused_k is not None or layout.cu_seq_q is not layout.cu_seq_k:
+    if not _may_be_one_launch(layout):
         return False
     drawn = rule.dropout_p == 0.0 or _by_seeds(chosen, layout, rule)
     return drawn and bool(chosen) and all(backend.lse_by_row for backend in chosen)
+
+
+def _may_be_one_launch(layout: Layout) -> bool:
+    return layout.tails_unread and layout.seqused_k is None and layout.cu_seq_q is layout.cu_seq_k
 
 
 def _is_turned(lse: Tensor) -> bool:
@@ -116,14 +120,16 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     ranking = autotune.ranking(query, key, value, layout, rule, kernels or config.kernels, backward=False)
     changed: dict[str, Any] = {} if ahead_of_time or ranking in (None, kernels) else {"kernels": ranking}
     if not ahead_of_time:
-        chosen = _chosen(query, key, value, layout, rule, ranking or kernels)
+        # (To ask makes numbers of symbols, so it is not done for nothing.)
+        asks = rule.dropout_p > 0.0 or _may_be_one_launch(layout)
+        chosen = _chosen(query, key, value, layout, rule, ranking or kernels) if asks else ()
         if not layout.lse_by_row and _is_one_launch(chosen, layout, rule):
             changed["lse_by_row"] = True
         if rule.dropout_p > 0.0 and chosen and kernels != chosen[0].name:
             changed["kernels"] = chosen[0].name  # as the backward will have it
-        if layout.seeds is None and _by_seeds(chosen, layout, rule):
-            # Inductor draws the seeds of a graph at once, and knows what must be drawn again.
-            changed["seeds"] = _compat_inductor.two_seeds(query.device)
+        if layout.seeds is None and _by_seeds(chosen, layout, rule) and not _compat_inductor.may_compute_random_numbers_again():
+            # Inductor draws the seeds of a graph at once, and keeps them for what is computed again.
+            changed["seeds"] = _compat_inductor.two_seeds(query.device, inductor_pass.has_passes())
     if changed:
         out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
         # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.

@@ -214,19 +214,30 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
         lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
 
-def two_seeds(device: torch.device) -> torch.Tensor:
+def two_seeds(device: torch.device, with_our_passes: bool) -> torch.Tensor:
     """Two random numbers (2,) int64 on ``device``, in a graph that is traced with Inductor's decompositions.
 
-    ``inductor_seed`` is the operator whose calls Inductor makes one of, which is not drawn again where a forward is computed again;
-    with ``fallback_random`` it looks for none. Read in 2.11, 2.13.
+    ``inductor_seed`` is the operator whose calls Inductor makes one of; with ``fallback_random`` it looks for none. It is for
+    Inductor with our passes only: with another compiler that takes its decompositions AOTAutograd, which knows random operators by
+    name, takes all calls for the same. Read in 2.11, 2.13.
     """
     try:
         seed = torch.ops.prims.inductor_seed.default
     except AttributeError:
         seed = None
-    if seed is None or inductor_setting("fallback_random"):
+    if seed is None or not with_our_passes or inductor_setting("fallback_random"):
         return torch.ops.aten.randint.low(0, 2**31, (2,), dtype=torch.int64, device=device)  # type: ignore[no-any-return]
     return torch.stack([seed(device), seed(device)])
+
+
+def may_compute_random_numbers_again() -> bool:
+    """Whether AOTAutograd may draw seeds again in a backward: under these settings it does not spare ``inductor_seeds``.
+
+    Read in 2.11, 2.13.
+    """
+    from torch._functorch import config
+
+    return getattr(config, "activation_memory_budget", 1.0) != 1.0 or getattr(config, "aggressive_recomputation", False)
 
 
 def seed_lookup() -> Any:

@@ -174,6 +174,11 @@ def marked(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, _MARK_SLOT: AfterGrad(cache_key(), present)}
 
 
+def has_passes() -> bool:
+    """Whether what Inductor compiles now goes through our passes after autograd."""
+    return is_marked({_MARK_SLOT: _compat_inductor.inductor_setting(_MARK_SLOT)})
+
+
 def is_marked(options: Mapping[str, Any]) -> bool:
     """Whether these options belong to a compile that comes from us: its graph has been through our passes already."""
     present = options.get(_MARK_SLOT)

@@ -48,10 +48,10 @@ def test_one_direct_call_each_way(dynamic: bool) -> None:
     (out, *grads), code = run_and_get_code(step)
     # Where heads and head dims are sizes that may change, each call looks at them.
     number = "" if dynamic else "_1"
-    assert calls(code) == [f"varlen_inductor_lowering_direct_{function}{number}" for function in ("forward", "backward")]
+    assert calls(code) == [f"varlen_inductor_lowering_direct_{function}{number}" for function in ("drawn", "backward")]
     options = "window_right=0, kernels='auto'"
     scale = f"scale={1 / 8**0.5}, "  # what was left out is a number once there is a gradient
-    assert sites(code) == ([] if dynamic else [f"'forward', {options}", f"'backward', {scale}{options}"])
+    assert sites(code) == ([] if dynamic else [f"'drawn', {options}", f"'backward', {scale}{options}"])
     expected = reference(case._replace(query=case.query * 2, options={"window_left": -1, "window_right": 0}))[0].cos()
     assert_close(out, expected, torch.float32, "out")
     for actual, wanted in zip(grads, torch.autograd.grad(expected.sum(), case.operands[:3])):
@@ -202,7 +202,7 @@ def test_a_site_where_only_the_number_of_tokens_is_open() -> None:
             torch._dynamo.mark_dynamic(x, 0)
     outs, code = run_and_get_code(step)
     assert len(code) == 2  # forward and backward, for both
-    assert sites(code)[0] == "'forward', window_right=0, kernels='auto'"
+    assert sites(code)[0] == "'drawn', window_right=0, kernels='auto'"
     for case, out in zip((first, second), outs):
         assert torch.allclose(out, attend(*case.operands[:4]), atol=1e-5)
 
@@ -219,7 +219,7 @@ def test_code_says_which_results_it_reads(read: str) -> None:
 
     compiled = torch.compile(results, fullgraph=True, dynamic=False)
     found, code = run_and_get_code(compiled, *operands, case.cu_seq_q)
-    assert sites(code) == ["'forward', kernels='auto'" + (", alone=True" if read == "out" else "")]
+    assert sites(code) == ["'drawn', kernels='auto'" + (", alone=True" if read == "out" else "")]
     for actual, expected in zip(found, results(*operands, case.cu_seq_q)):
         assert torch.allclose(actual, expected, atol=1e-5)
 

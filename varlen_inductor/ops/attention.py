@@ -30,6 +30,7 @@ Schema of ``varlen_attn``::
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), contiguous, natural logarithm, float64 for float64 operands and float32 else;
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0 or seeds are given
+       (in compiled graphs the seeds, (2,) int64, where these are drawn for the kernel)
 
 Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
 outside of every sequence hold shows nowhere, but for ``tails_unread``. (With one kernel, ``flash4``, NaN there can show in how the
