@@ -403,6 +403,32 @@ def _step(function: Any, x: Tensor, *args: Tensor) -> None:
     function(x, *args).sum().backward()
 
 
+def test_seeds_differ_with_another_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes Inductor's decompositions: AOTAutograd takes two calls of an operator that it does not know for the same."""
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    x.requires_grad_()
+    options = {"varlen.round_tokens": 4, "varlen.inner_backend": "aot_eager_decomp_partition"}
+    compiled = torch.compile(Mixing(recompute=False), backend="varlen_inductor", options=options)
+    _step(compiled, x, torch.randn_like(x), valid)
+    assert len(drawn) == 2
+    assert len({number for pair in drawn for number in pair}) == 4
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5])
+def test_seeds_are_not_drawn_where_they_may_be_drawn_again(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    x.requires_grad_()
+    compiled = torch.compile(Mixing(recompute=False), backend="varlen_inductor", options={"varlen.round_tokens": 4})
+    with torch._inductor.config.patch(force_disable_caches=True), torch._functorch.config.patch(activation_memory_budget=budget):
+        _step(compiled, x, torch.randn_like(x), valid)
+    assert drawn == []
+    assert seen
+
+
 def test_a_symbol_decides_nothing_with_dropout() -> None:
     """Forward and backward are given the same answer then, where else the run chooses."""
     with FakeTensorMode():
