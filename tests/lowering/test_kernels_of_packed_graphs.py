@@ -372,10 +372,18 @@ def test_each_number_is_looked_for_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "recompute"), [("auto", False), ("fastest", False), ("-cpu", False), ("other,math,cpu", False), ("math", True)]
+    ("kernels", "recompute", "takes_seeds"),
+    [
+        ("other,math,cpu", False, True),
+        ("math", True, True),
+        ("-cpu", False, False),
+        *(
+            pytest.param(*values, marks=pytest.mark.thorough)
+            for values in itertools.product(("auto", "fastest", "-math", "cpu,math"), (False, True), (False, True))
+        ),
+    ],
 )
-@pytest.mark.parametrize("takes_seeds", [False, True])
-def test_one_kernel_runs_both_ways(takes_seeds: bool, kernels: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_kernel_runs_both_ways(kernels: str, recompute: bool, takes_seeds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two drop the same, so the code names one, whatever is set when its backward runs."""
     first = dataclasses.replace(AS_TOLD if takes_seeds else BY_ROW, takes_seeds=takes_seeds)
     second = dataclasses.replace(first, name="math", lse_by_row=False)
@@ -416,7 +424,7 @@ def test_seeds_differ_with_another_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({number for pair in drawn for number in pair}) == 4
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.5])
+@pytest.mark.parametrize("budget", [0.5, pytest.param(0.0, marks=pytest.mark.thorough)])
 def test_seeds_are_not_drawn_where_they_may_be_drawn_again(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
     backends.choose.cache_clear()
