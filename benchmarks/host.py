@@ -78,6 +78,10 @@ def _flash4_launch(original: Any, of: replay.Replay, key: Any, tensors: tuple[An
     return steps_again
 
 
+def _none(*args: Any) -> None:
+    return None
+
+
 def innermost(kernels: str, backward: bool, call: Call) -> Call:
     """The launches that ``call`` makes, with the arguments that it gives them now.
 
@@ -90,7 +94,7 @@ def innermost(kernels: str, backward: bool, call: Call) -> Call:
         "triton": (launch.Launcher, "again", _triton_launch),
     }
     pool = torch.cuda.MemPool()  # launches write to results, and to what was freed since: nobody else may get it
-    looks = patch.object(triton_kernel, "_usual", lambda *args: None)  # prepared launches are made elsewhere
+    looks = patch.multiple(triton_kernel, usual_forward=_none, usual_backward=_none)  # prepared launches are made elsewhere
     with torch.cuda.use_mem_pool(pool), looks, _noted(*places[kernels]) as calls:
         results = call()
     if not calls:

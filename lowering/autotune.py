@@ -154,9 +154,14 @@ def _runner(
         # As in a packed graph, whose layers share what is found out about the offsets.
         kept.never_written(layout.cu_seq_q)
         layout = layout._replace(lse_by_row=True)
+    seeds = None
+    if backend.takes_seeds and rule.dropout_p > 0.0:
+        seeds = torch.randint(0, 2**31, (2,), device=query.device)  # which the kernel need not draw in a graph
+        layout = layout._replace(seeds=seeds)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        return backend.forward(query, key, value, layout, rule)
+        out, lse, rng_state = backend.forward(query, key, value, layout, rule)
+        return out, lse, rng_state if seeds is None else seeds
 
     results = forward()
 

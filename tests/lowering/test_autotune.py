@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from attention_cases import assert_close, make_case, reference
 from helpers import MaskedAttention, padded_batch
 from varlen_inductor import _compat, _compat_inductor
 from varlen_inductor.lowering import autotune
-from varlen_inductor.ops.backends import BACKENDS
+from varlen_inductor.ops.backends import BACKENDS, cpu
+from varlen_inductor.ops.problem import Layout, Rule
 
 MODES = [{"mode": "max-autotune"}, {"options": {"max_autotune": True}}]
 
@@ -115,6 +117,32 @@ def test_a_candidate_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_compat_inductor, "benchmark", fails)
     _, code = step(torch.compile(attend, options={"max_autotune": True}), make_case((5, 9)).operands)
     assert kernels(code) == ["math", "math"]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_who_takes_seeds_is_timed_with_them(dropout_p: float) -> None:
+    """As in a graph, where it need not draw them; its backward has them, too."""
+    given: list[Any] = []
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        given.append(layout.seeds)
+        return query, query, torch.empty(0, dtype=torch.uint64)
+
+    def backward(grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, rng_state: Tensor, *rest: Any) -> None:
+        given.append(rng_state)
+
+    x, ends = torch.zeros(4, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
+    for takes_seeds in (False, True):
+        backend = dataclasses.replace(cpu.BACKEND, forward=forward, backward=backward, takes_seeds=takes_seeds)
+        given.clear()
+        autotune._runner(backend, (x, x, x), Layout(ends, ends, 4, 4), Rule(1.0, dropout_p=dropout_p), "both", x)()
+        first, second, numbers = given
+        if takes_seeds and dropout_p:
+            assert first is second is numbers
+            assert numbers.dtype == torch.int64
+        else:
+            assert first is second is None
+            assert numbers.dtype == torch.uint64
 
 
 def test_random_numbers_are_those_without_timing() -> None:

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -291,6 +292,65 @@ def test_layers_share_where_sequences_lie(placed: list[tuple[int, int]]) -> None
     assert len(placed) == 4, "what is on another stream may not be there yet"
     cudnn.forward(*operands, layout, rule)
     assert placed[-1][1] == operands[0].shape[0] * 4, "stats of their own"
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_plans_that_are_found_by_operands_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is for the same key as if it had been looked for, whatever came before; one thing differs from call to call."""
+    draw = random.Random(0)
+    keys: list[Any] = []
+    looked: list[bool] = []
+    plan_of = cudnn.plan_of
+
+    def place(plan: Any, *args: Any) -> Any:
+        keys.append(plan.key)
+        return SimpleNamespace(pointers=(), workspace=0)
+
+    def look(*args: Any) -> Any:
+        looked.append(True)
+        return plan_of(*args)
+
+    monkeypatch.setattr(cudnn, "place_once", place)
+    monkeypatch.setattr(cudnn, "plan_of", look)
+    monkeypatch.setattr(StandIn, "run", lambda *args: None)
+    ready: dict[Any, Any] = {}
+    rows, heads, dims, gap, start, sequences = 12, [4, 2], [8, 16], 0, 0, 3
+    bounds, rule, wants_lse, again = [130, 130], Rule(0.5), True, 0
+    for _ in range(600):
+        change = draw.randrange(9)
+        if change == 0:
+            rows = draw.choice([12, 17])
+        elif change == 1:
+            heads = draw.choice([[4, 2], [4, 4], [2, 2]])
+        elif change == 2:
+            dims = draw.choice([[8, 16], [16, 16], [8, 8]])
+        elif change == 3:
+            gap = draw.choice([0, 16])
+        elif change == 4:
+            start = draw.choice([0, 8, 1])
+        elif change == 5:
+            sequences = draw.choice([3, 40])
+        elif change == 6:
+            bounds[draw.randrange(2)] = draw.choice([130, 300])
+        elif change == 7:
+            rule = rule._replace(scale=draw.choice([0.5, 0.25]), window_right=draw.choice([-1, 0]))
+        else:
+            wants_lse = not wants_lse
+        operands = []
+        for count, dim in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1])):
+            memory = torch.zeros(start + rows * (count * dim + gap), dtype=torch.bfloat16)[start:]
+            operands.append(memory.view(rows, -1)[:, : count * dim].unflatten(1, (count, dim)))
+        offsets = torch.zeros(sequences + 1, dtype=torch.int32)
+        layout = Layout(offsets, offsets, *bounds, tails_unread=True, lse_by_row=True)
+        for known in ({}, ready, ready):
+            monkeypatch.setattr(cudnn, "_ready", known)
+            looked.clear()
+            cudnn.forward_drawn(*operands, layout, rule, wants_lse)
+        again += not looked
+        assert bool(looked) == (start == 1), "what is copied is another tensor each time"
+        assert keys[-1] == keys[-2] == keys[-3]
+    assert again > 100
+    assert len(set(keys)) > 50
 
 
 @pytest.mark.usefixtures("on_the_cpu")

@@ -123,6 +123,7 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hooks: list[str] = []
     prepared: dict[Any, Any] = {}
+    before = torch.get_float32_matmul_precision()
     memory = torch.zeros(2048)
     monkeypatch.setattr(Launcher, "with_addresses", launch)
     monkeypatch.setattr(triton_kernel, "_is_hopper", lambda device: True)
@@ -146,7 +147,7 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
             triton_kernel._differentiate(grads, *gradients, out, lse, seeds, query, key, value, layout, rule)
         return list(made)
 
-    for _ in range(1500):
+    for _ in range(500):
         query, key, value, layout, rule, gradient = some_call(draw)
         rule = rule._replace(scale=abs(rule.scale) or 2.0)  # others take another query
         out = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
@@ -155,13 +156,25 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
         operands = [query, key, value]
         grads = [torch.empty_like(x) for x in operands]
         for _ in range(8):
-            given = (out, lse, seeds, *operands, layout, rule)
-            for call in ((*given, None), (*given, grads, gradient, None)):
+            given = (seeds, *operands, layout, rule)
+            for call in ((out, lse, *given, None), (out, None, *given, None), (out, lse, *given, grads, gradient, None)):
                 assert launched({}, call) == launched(prepared, call)
                 again += not looked
                 assert looked or not hooks
+            # What is copied or turned on the way is looked at: its addresses are others each time.
+            odd = layout.cu_seq_q.repeat_interleave(2)[::2]
+            for layout_, rule_, seeds_ in (
+                (layout._replace(cu_seq_q=odd), rule, seeds),
+                (layout, rule._replace(scale=-rule.scale), seeds),
+                (layout, rule._replace(dropout_p=0.25), seeds.repeat_interleave(2)[::2]),
+            ):
+                for _ in range(2):
+                    launched(prepared, (out, lse, seeds_, *operands, layout_, rule_, None))
+                    assert looked
+                    launched(prepared, (out, lse, seeds_, *operands, layout_, rule_, grads, gradient, None))
+                    assert looked
             # The next call differs in one thing.
-            change, which, gap, offset = draw.randrange(9), draw.randrange(3), draw.choice([0, 8, 16, 3]), draw.choice([0, 4, 8])
+            change, which, gap, offset = draw.randrange(11), draw.randrange(3), draw.choice([0, 8, 16, 3]), draw.choice([0, 4, 8])
             hooks[:] = ["theirs"] * (change == 0)
             if change == 1:
                 layout = layout._replace(max_q=draw.choice([1, 16, 512, 513, 2048]))
@@ -180,7 +193,12 @@ def test_launches_that_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
                 layout = layout._replace(cu_seq_q=ends, cu_seq_k=draw.choice([ends, ends.clone()]), seqused_k=None)
             elif change == 8:
                 out = rows_of(*out.shape, out.dtype, offset, gap)
-    assert again > 1000, "nothing was launched so"
+            elif change == 9:
+                torch.set_float32_matmul_precision(draw.choice(["highest", "high"]))
+            elif change == 10:
+                gradient = gradient.to(draw.choice([torch.float32, query.dtype]))
+    torch.set_float32_matmul_precision(before)
+    assert again > 500, "nothing was launched so"
 
 
 def test_keys_of_tails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Our own kernels in Triton, forward and backward, wherever Triton runs.
 
 They read query, key and value in any strides from where each sequence starts, so rows of a padded batch need no copy, know
-positions and the gradient of lse, and compute the same every time. ``triton_forward`` and ``triton_backward`` hold the kernels.
+positions and the gradient of lse, and compute the same every time. ``triton_forward`` and ``triton_backward`` hold the
+kernels, ``triton_usual`` which launches are alike.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.backends.launch import Launcher, Prepared, hooked, starts_early
 from varlen_inductor.ops.backends.memory import empty, empty_results
 from varlen_inductor.ops.backends.tails import REACH
+from varlen_inductor.ops.backends.triton_usual import usual_backward, usual_forward
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule
 
 MAX_HEAD_DIM = 256
@@ -159,7 +161,7 @@ def _attend(
     if rule.dropout_p == 0.0:
         rng_state = None
     stream = _stream(index)
-    usual = None if stream is None else _usual(out, lse, rng_state, query, key, value, layout, rule)
+    usual = None if stream is None else usual_forward(out, lse, rng_state, query, key, value, layout, rule)
     if stream is not None and usual is not None:
         kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng = usual
         prepared = _prepared.get(kind)
@@ -181,9 +183,7 @@ def _attend(
     last = (*strides, sequences, tokens, *fixed.scales, *fixed.numbers, *constants, page_size)
     again = _launch(launch, grid, of_kernel, stream, tensors, addresses, last, options)
     if usual is not None and again is not None:
-        if len(_prepared) >= _MOST_KNOWN:
-            _prepared.clear()
-        _prepared[usual[0]] = again
+        _keep(_prepared, usual[0], again)
     return None
 
 
@@ -200,45 +200,6 @@ def _launch(
     """Launch, and prepare the same launch with other addresses, if it can be."""
     launch.with_addresses(grid, key, stream, tensors, addresses, *last, **options)
     return launch.prepared(grid, key, last)
-
-
-def _usual(
-    out: Tensor,
-    lse: Tensor | None,
-    rng_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    rule: Rule,
-) -> tuple[Any, ...] | None:
-    """Of a forward as packed graphs have it: all that its launch depends on but addresses, then these; ``None`` of any other.
-
-    The dtypes of what comes with query are known, and its addresses are multiples of 16. (Of ``rng_state`` nothing is asked: its
-    alignment makes no difference.)
-    """
-    cu_q, cu_k, max_q, _, seqused_k, position_q, _, _, table, _, _ = layout
-    if seqused_k is not None or position_q is not None or table is not None or rule.scale <= 0.0:
-        return None
-    dtype = query.dtype
-    if dtype == torch.float32 or not (cu_q.is_contiguous() and cu_k.is_contiguous()):
-        return None  # how float32 is multiplied depends on a setting
-    at_query, at_key, at_value, at_out = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
-    at_q, at_k, at_lse, at_rng = cu_q.data_ptr(), cu_k.data_ptr(), None, None
-    together = at_query | at_key | at_value | at_out | at_q | at_k
-    if lse is not None:
-        at_lse = lse.data_ptr()
-        together |= at_lse
-    if rng_state is not None:
-        if rng_state.stride() != (1,):
-            return None
-        at_rng = rng_state.data_ptr()
-    if together & 15:
-        return None
-    shapes = (query.shape, key.shape, value.shape, cu_q.shape)
-    strides = (query.stride(), key.stride(), value.stride(), out.stride())
-    kind = (query.get_device(), dtype, shapes, strides, rule, max_q, at_lse is None)
-    return kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng
 
 
 def forward_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -271,10 +232,8 @@ def repair_forward(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: 
         blocks = table[2, next(limit for limit in (64, 128, 256) if dim <= limit)].forward
         constants = (*_constants(query, key, value, rule, blocks, "tf32"), REACH, starts_early(index))
         options = {"num_warps": blocks.num_warps, "num_stages": 2, **({"launch_pdl": True} if starts_early(index) else {})}
-        if len(_known_repairs) >= _MOST_KNOWN:
-            _known_repairs.clear()
         numbers = _scales(rule.scale, rule), _numbers(rule, False)[2:]
-        fixed = _known_repairs[attention] = (next(_numbering), *numbers, constants, options)
+        fixed = _keep(_known_repairs, attention, (next(_numbering), *numbers, constants, options))
     number, scales, window, constants, options = fixed
     tensors = (query, key, value, out, lse, layout.cu_seq_q, layout.cu_seq_k)
     addresses, kinds = _places(tensors)
@@ -352,7 +311,7 @@ def _differentiate(
     stream = _stream(index)
     usual = None
     if stream is not None and grad_lse is None:
-        usual = _usual_backward(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
+        usual = usual_backward(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
         if usual is not None and _differentiate_again(usual, out, stream):
             return None
     query, scale = _positive_scale(query, rule.scale)
@@ -390,14 +349,12 @@ def _differentiate(
         options,
     )
     if usual is not None and of_delta is not None and of_query is not None and of_keys is not None:
-        if len(_prepared_backward) >= _MOST_KNOWN:
-            _prepared_backward.clear()
-        _prepared_backward[usual[0]] = PreparedBackward(of_delta, of_query, of_keys)
+        _keep(_prepared_backward, usual[0], PreparedBackward(of_delta, of_query, of_keys))
     return None
 
 
 def _differentiate_again(usual: tuple[Any, ...], out: Tensor, stream: int) -> bool:
-    """Launch what was launched for a backward of this kind, if it was; says whether. ``usual`` is as `_usual_backward` makes it."""
+    """Launch what was launched for a backward of this kind, if it was; says whether. ``usual`` is as `usual_backward` makes it."""
     kind, at_out, at_grad, at_query, at_key, at_value, at_lse, at_grads, at_q, at_k, at_rng = usual
     prepared = _prepared_backward.get(kind)
     if prepared is None or hooked():
@@ -411,33 +368,6 @@ def _differentiate_again(usual: tuple[Any, ...], out: Tensor, stream: int) -> bo
     of_query.launch(stream, *operands, at_grads[0], *data)
     of_keys.launch(stream, *operands, at_grads[1], at_grads[2], *data)
     return True
-
-
-def _usual_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    rule: Rule,
-) -> tuple[Any, ...] | None:
-    """Of a backward as packed graphs have it: all that its launches depend on but addresses, then these; ``None`` of any other."""
-    of_forward = _usual(out, lse, None if rule.dropout_p == 0.0 else rng_state, query, key, value, layout, rule)
-    if of_forward is None or not lse.is_contiguous():
-        return None
-    kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng = of_forward
-    grad_query, grad_key, grad_value = grads
-    at_grad = grad_out.data_ptr()
-    at_grads = grad_query.data_ptr(), grad_key.data_ptr(), grad_value.data_ptr()
-    if (at_grad | at_grads[0] | at_grads[1] | at_grads[2]) & 15:
-        return None
-    strides = (grad_out.stride(), grad_query.stride(), grad_key.stride(), grad_value.stride())
-    kind = (kind, strides, layout.max_k, grad_out.dtype, out.dtype, lse.dtype)
-    return kind, at_out, at_grad, at_query, at_key, at_value, at_lse, at_grads, at_q, at_k, at_rng
 
 
 def _delta(
@@ -576,6 +506,14 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 _prepared_backward: dict[tuple[Any, ...], PreparedBackward] = {}
 _numbering = itertools.count()
 _MOST_KNOWN = 4096
+_Found = TypeVar("_Found")
+
+
+def _keep(known: dict[tuple[Any, ...], _Found], kind: tuple[Any, ...], found: _Found) -> _Found:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[kind] = found
+    return found
 
 
 def _fixed(index: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, scale: float) -> Fixed:
@@ -593,9 +531,7 @@ def _fixed(index: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout
             options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
             return Kernel(_launcher(module, name), options, _constants(query, key, value, rule, blocks, precision))
 
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        fixed = _known[kind] = Fixed(
+        made = Fixed(
             next(_numbering),
             tiles,
             kernel("triton_forward", "forward_kernel", tiles.forward),
@@ -604,6 +540,7 @@ def _fixed(index: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout
             _scales(scale, rule),
             _numbers(rule, positions),
         )
+        fixed = _keep(_known, kind, made)
     return fixed
 
 
