@@ -336,6 +336,14 @@ def test_launches_of_generated_kernels() -> None:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     assert isinstance(_compat_inductor.generated_modules(), list)
+    assert _compat_inductor.seed_lookup()(torch.tensor([3, 4]), 1).item() == 4
+    for with_our_passes in (False, True):
+        seeds = _compat_inductor.two_seeds(torch.device("cpu"), with_our_passes)
+        assert (seeds.shape, seeds.dtype) == ((2,), torch.int64)
+    assert not _compat_inductor.may_compute_random_numbers_again()
+    for setting in ({"activation_memory_budget": 0.5}, {"aggressive_recomputation": True}):
+        with torch._functorch.config.patch(setting):
+            assert _compat_inductor.may_compute_random_numbers_again()
     quick = hasattr(CachingAutotuner, "_build_fast_launcher")
     assert quick or callable(CachingAutotuner.is_statically_launchable)
     assert callable(CachingAutotuner.run)
