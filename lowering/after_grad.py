@@ -1,11 +1,13 @@
-"""The passes over the graphs that autograd has made, forward and backward, in their order.
+"""The passes over the graphs that autograd has made, in their order.
 
-Inductor calls them last among its own passes, through `inductor_pass.AfterGrad`.
+Inductor calls them last among its own passes: those of ``JOINT_PASSES`` while forward and backward are one graph, through
+`inductor_pass.InJointGraph`, those of ``PASSES`` on each of the two, through `inductor_pass.AfterGrad`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch import fx
 
@@ -25,16 +27,16 @@ PASSES = (
     split_row_sums,
     add_up_in_single,
     shorten_erf,
-    read_seeds_in_place,
 )
+JOINT_PASSES = (read_seeds_in_place,)
 
 
-def rewrite(graph: fx.Graph) -> None:
+def rewrite(graph: fx.Graph, passes: tuple[Callable[[fx.Graph], int], ...]) -> None:
     """Rewrite ``graph`` in place. A pass that fails is logged with its traceback, unless ``config.strict``: then it raises.
 
     Each pass changes one place at a time, completely or not at all, so what one that failed has left behind is right.
     """
-    for each in PASSES:
+    for each in passes:
         try:
             changed = each(graph)
         except Exception:

@@ -117,16 +117,13 @@ class _Known:
         self.backend, self.gathers = choice.backend, choice.gathers
         self.run = call.of(choice.backend)
         named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
-        self.rest = tuple(None if name in tensors else value for name, value in named.items())
+        self.rest = tuple(None if name in tensors else value for name, value in named.items())[:-1]
         self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
 
-    def layout(self, args: _Lengths, tensors: dict[str, Any]) -> Layout:
-        # Past the named tuple's own constructor, which takes longer.
-        if not tensors:
-            return tuple.__new__(Layout, args + self.rest)
-        if len(tensors) == 1 and "seeds" in tensors:  # the last field
-            return tuple.__new__(Layout, (*args, *self.rest[:-1], tensors["seeds"]))
-        return Layout(*args, **{**self.constants, **tensors})
+    def layout(self, args: _Lengths, seeds: Tensor | None, tensors: dict[str, Any]) -> Layout:
+        if not tensors:  # past the named tuple's own constructor, which takes longer; seeds are its last field
+            return tuple.__new__(Layout, (*args, *self.rest, seeds))
+        return Layout(*args, **{**self.constants, **tensors, "seeds": seeds})
 
 
 class _Call:
@@ -178,14 +175,16 @@ def _forward_site(
     call = _Call(options, backward=False, of=of)
     found, look, failed = call.found, call.look, fallback.failed
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **tensors: Tensor) -> tuple[Any, ...]:
-        known = found.get(args[2:]) or look(query, key, value, args, tensors)
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, *args: Any, seeds: Tensor | None = None, **tensors: Tensor
+    ) -> tuple[Any, ...]:
+        known = found.get(args[2:]) or look(query, key, value, args, {**tensors, "seeds": seeds})
         if not (known.gathers or failed(known.problem, False) or debug()):
             try:
-                return known.run(query, key, value, known.layout(args, tensors), known.rule)
+                return known.run(query, key, value, known.layout(args, seeds, tensors), known.rule)
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, False)
-        return otherwise(query, key, value, *args, **options, **tensors)
+        return otherwise(query, key, value, *args, **options, **tensors, seeds=seeds)
 
     return attend
 
@@ -212,7 +211,7 @@ def _backward_site(
         known = found.get(args[2:]) or look(query, key, value, args, tensors, rng_state)
         # The gradient of lse is prepared before a kernel sees it.
         if grad_lse is None and not failed(known.problem, True):
-            layout = known.layout(args, tensors)
+            layout = known.layout(args, None, tensors)
             try:
                 return known.run(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
             except Exception as error:

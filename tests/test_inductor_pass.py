@@ -106,9 +106,9 @@ def test_uuid_pickle_and_copy() -> None:
     assert inductor_pass.source_hash().encode() in buffer.getvalue()
 
 
-def test_mark_joins_a_pass_that_is_there() -> None:
+@pytest.mark.parametrize("slot", inductor_pass._SLOTS)
+def test_mark_joins_a_pass_that_is_there(slot: str) -> None:
     theirs = Named()
-    slot = inductor_pass._MARK_SLOT
     options = inductor_pass.marked({slot: theirs, "max_autotune": True})
     assert inductor_pass.is_marked(options)
     assert options["max_autotune"] is True
@@ -124,10 +124,23 @@ def test_mark_joins_a_pass_that_is_there() -> None:
     assert inherited == options[slot]
 
 
-def test_mark_keeps_an_unnamed_pass_unnamed() -> None:
-    assert inductor_pass.AfterGrad("key", Named(None)).uuid() is None
-    assert inductor_pass.AfterGrad("key", lambda graph: None).uuid() is None
-    assert inductor_pass.AfterGrad("key").uuid() == "key"
+@pytest.mark.parametrize("kind", inductor_pass._SLOTS.values())
+def test_mark_keeps_an_unnamed_pass_unnamed(kind: Any) -> None:
+    assert kind("key", Named(None)).uuid() is None
+    assert kind("key", lambda graph: None).uuid() is None
+    assert kind("key").uuid() == "key"
+
+
+def test_passes_are_there_with_both_marks() -> None:
+    marks = inductor_pass.marked({})
+    assert not inductor_pass.has_passes()
+    with torch._inductor.config.patch(marks):
+        assert inductor_pass.has_passes()
+    for slot in marks:
+        with torch._inductor.config.patch({**marks, slot: None}):
+            assert not inductor_pass.has_passes()
+    one, other = (kind("key") for kind in inductor_pass._SLOTS.values())
+    assert one != other
 
 
 def test_unmarked() -> None:

@@ -6,7 +6,7 @@ For those who stay on ``backend="inductor"``::
 
 Inductor's cache keys know the graph, its own settings and its own sources. They know nothing of ours: an operator of ours is
 a name to them, whatever its lowering does. Both forms of the rewrite therefore put :func:`cache_key` where the keys are
-made: :class:`VarlenPass` through its ``uuid()``, the backend through that of :class:`AfterGrad`.
+made: :class:`VarlenPass` through its ``uuid()``, the backend through those of :class:`AfterGrad` and :class:`InJointGraph`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _KERNEL_PACKAGES = (
 )
 
 _MARK_SLOT = "post_grad_custom_post_pass"
+_JOINT_SLOT = "joint_custom_post_pass"
 
 
 @functools.cache
@@ -130,11 +131,14 @@ def _restore(knobs: Mapping[str, Any], key: str) -> VarlenPass:
     return VarlenPass(**knobs)
 
 
-class AfterGrad(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
-    """Our passes over graphs that autograd has made (`lowering.after_grad`), which carry a key into Inductor's cache keys.
+class _WithKey(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
+    """Some of our passes (`lowering.after_grad`), which carry a key into Inductor's cache keys.
 
     The pass that they have displaced comes first, if there is one.
     """
+
+    passes: str
+    """Their name in that module."""
 
     def __init__(self, key: str, displaced: Any = None) -> None:
         self.key = key
@@ -145,7 +149,7 @@ class AfterGrad(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
 
         if self.displaced is not None:
             self.displaced(graph)
-        after_grad.rewrite(graph)
+        after_grad.rewrite(graph, getattr(after_grad, self.passes))
 
     def uuid(self) -> Any:
         if self.displaced is None:
@@ -156,10 +160,22 @@ class AfterGrad(_compat_inductor.graph_pass_class()):  # type: ignore[misc]
         return None if theirs is None else (self.key, theirs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AfterGrad) and (self.key, self.displaced) == (other.key, other.displaced)
+        return type(self) is type(other) and (self.key, self.displaced) == (other.key, other.displaced)
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+class AfterGrad(_WithKey):
+    """The passes over graphs that autograd has made, forward and backward apart."""
+
+    passes = "PASSES"
+
+
+class InJointGraph(_WithKey):
+    """The passes over a graph that has forward and backward in it, or a forward that has no backward."""
+
+    passes = "JOINT_PASSES"
 
 
 def marked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,19 +183,31 @@ def marked(options: Mapping[str, Any]) -> dict[str, Any]:
 
     The key goes where a pass would: options reach the compiler of the backward as well, which runs later and elsewhere.
     """
-    present = options.get(_MARK_SLOT, _compat_inductor.inductor_setting(_MARK_SLOT))
+    key = cache_key()
+    return {**options, **dict(_with(kind, slot, key, options) for slot, kind in _SLOTS.items())}
+
+
+_SLOTS: dict[str, type[_WithKey]] = {_MARK_SLOT: AfterGrad, _JOINT_SLOT: InJointGraph}
+
+
+def _with(kind: type[_WithKey], slot: str, key: str, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """A slot for passes, and ours in it with those that are there."""
+    present = options.get(slot, _compat_inductor.inductor_setting(slot))
     if _compat_inductor.passes_may_be_lists():
         passes = list(present) if isinstance(present, (list, tuple)) else [] if present is None else [present]
-        return {**options, _MARK_SLOT: [*passes, AfterGrad(cache_key())]}
-    return {**options, _MARK_SLOT: AfterGrad(cache_key(), present)}
+        return slot, [*passes, kind(key)]
+    return slot, kind(key, present)
 
 
 def has_passes() -> bool:
-    """Whether what Inductor compiles now goes through our passes after autograd."""
-    return is_marked({_MARK_SLOT: _compat_inductor.inductor_setting(_MARK_SLOT)})
+    """Whether what Inductor compiles now goes through our passes."""
+    return all(_has(kind, _compat_inductor.inductor_setting(slot)) for slot, kind in _SLOTS.items())
 
 
 def is_marked(options: Mapping[str, Any]) -> bool:
     """Whether these options belong to a compile that comes from us: its graph has been through our passes already."""
-    present = options.get(_MARK_SLOT)
-    return any(isinstance(each, AfterGrad) for each in (present if isinstance(present, (list, tuple)) else [present]))
+    return _has(AfterGrad, options.get(_MARK_SLOT))
+
+
+def _has(kind: type[_WithKey], passes: Any) -> bool:
+    return any(isinstance(each, kind) for each in (passes if isinstance(passes, (list, tuple)) else [passes]))

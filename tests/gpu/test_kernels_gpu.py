@@ -243,16 +243,17 @@ def test_any_two_numbers_are_seeds(by_row: bool, backend: str) -> None:
     seen = []
     for pair in numbers:
         memory = torch.tensor([7, *pair], device="cuda")
-        for seeds in (memory[1:], memory[1:].clone()):  # 8 bytes further, too
-            given = layout._replace(seeds=seeds)
+        for seeds, seeds_at in ((memory[1:], 0), (memory[1:].clone(), 0), (memory, 1)):  # 8 bytes further, too
+            given = layout._replace(seeds=seeds, seeds_at=seeds_at)
             out, lse = kernels.forward_drawn(query, key, value, given, rule, True)
             grad = torch.randn_like(out)
-            _, _, grad_value = kernels.backward(grad, None, out, lse, seeds, query, key, value, layout, rule)
+            _, _, grad_value = kernels.backward(grad, None, out, lse, seeds, query, key, value, given, rule)
             difference = (out.double() * grad.double()).sum() - (grad_value.double() * value.double()).sum()
             assert difference.abs() < 0.03 * (out.double() * grad.double()).norm()
             kept = kernels.forward_drawn(query * 0, key, torch.ones_like(value), given, rule, False)[0].float()
             assert abs(float(kept.mean()) - 1.0) < 0.02
             seen.append(kept)
+        assert torch.equal(seen.pop(), seen[-1])
         assert torch.equal(seen.pop(), seen[-1])
     assert not any(torch.equal(one, other) for i, one in enumerate(seen) for other in seen[:i])
 

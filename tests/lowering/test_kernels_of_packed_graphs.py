@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import varlen_inductor
 from attention_cases import assert_close, make_case
 from helpers import MaskedAttention, padded_batch
-from varlen_inductor.lowering import attention, direct
+from varlen_inductor.lowering import attention, direct, drawn_seeds
 from varlen_inductor.lowering.drawn_seeds import read_seeds_in_place
 from varlen_inductor.ops import attention as operators
 from varlen_inductor.ops import backends
@@ -55,9 +56,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Ru
 
 def _forward_as_told(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Drops what it is given numbers for."""
-    given = layout.seeds
-    if given is None:
+    if layout.seeds is None:
         return _forward(query, key, value, layout, rule)
+    given = layout.seeds[layout.seeds_at :][:2]
     drawn.append(given.tolist())
     with pytest.MonkeyPatch.context() as context:
         context.setattr(math, "new_rng_state", lambda dropout_p, device: given.view(torch.uint64))
@@ -65,11 +66,11 @@ def _forward_as_told(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layout = rest[-2]
+    rng_state, *others, layout, rule = rest
     seen.append(("backward", _order(lse, layout)))
     offsets.append(kept.with_tensor(layout.cu_seq_q))
-    lse = lse.t() if layout.lse_by_row else lse
-    return cpu.BACKEND.backward(grad_out, grad_lse, out, lse.contiguous(), *rest)
+    lse, numbers = lse.t() if layout.lse_by_row else lse, rng_state[layout.seeds_at :][:2]
+    return cpu.BACKEND.backward(grad_out, grad_lse, out, lse.contiguous(), numbers, *others, layout, rule)
 
 
 def _other_backward(
@@ -302,7 +303,7 @@ def test_inductor_draws_the_numbers(recompute: bool, fallback: bool, monkeypatch
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
 def test_numbers_are_read_where_they_were_drawn(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel for each layer copies its two numbers, and nothing keeps random state for what is computed again."""
+    """No kernel for each layer copies its two numbers, all keep one tensor, and none random state for what is computed again."""
     monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
     backends.choose.cache_clear()
     x, valid = padded_batch()
@@ -313,10 +314,13 @@ def test_numbers_are_read_where_they_were_drawn(recompute: bool, monkeypatch: py
         _, code = run_and_get_code(lambda: compiled(x, anchor, valid).sum().backward())
     packed = [one for one in code if "= varlen_site(" in one]
     assert len(packed) == 2
-    seeds = [re.findall(r"seeds=reinterpret_tensor\((\w+), \(2, \), \(1, \), (\d+)\)", one) for one in packed]
-    assert [len(set(found)) for found in seeds] == ([2, 2] if recompute else [2, 0])
-    assert len({memory for memory, _ in seeds[0]}) == 1
-    assert all(len(re.findall(r"= varlen_\w+_drawn_\d+\(", one)) == len(found) for one, found in zip(packed, seeds))
+    forwards = [2, 2] if recompute else [2, 0]
+    given = [re.findall(r"= varlen_\w+_drawn_\d+\(.*seeds=(\w+)\)", one) for one in packed]
+    assert [len(found) for found in given] == forwards
+    assert all(len(set(found)) <= 1 for found in given), "one tensor for all"
+    places = [re.findall(r"= varlen_site\('(\w+)'.*seeds_at=(\d+)", one) for one in packed]
+    assert [len({at for name, at in found if name == "drawn"}) for found in places] == forwards
+    assert {at for name, at in places[1] if name == "backward"} == {at for _, at in places[0]}
     assert not any("rng_state" in one for one in packed)
 
 
@@ -369,6 +373,46 @@ def test_each_number_is_looked_for_where_it_is() -> None:
         assert torch.equal(found, wanted)
     targets = [node.target for node in graph.output_node().args[0]]
     assert targets == [torch.ops.aten.slice.Tensor] * 2 + [torch.ops.aten.cat.default] * 5
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("more", ["", "returned", "positions"])
+def test_attentions_are_told_where_their_numbers_are(more: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward drop as they did; who reads the two for something else gets them as before."""
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD,))
+    backends.choose.cache_clear()
+    ops, lookup = torch.ops.varlen_inductor, torch.ops.prims.inductor_lookup_seed.default
+    tokens = 2 if more == "positions" else 9
+    rows, ends = torch.randn(tokens, 2, 8), torch.tensor([0, tokens], dtype=torch.int32)
+
+    def step(seeds: Tensor, x: Tensor, cu: Tensor) -> tuple[Tensor, ...]:
+        two = torch.stack([lookup(seeds, 3), lookup(seeds, 4)])
+        options: dict[str, Any] = {"dropout_p": 0.5}
+        if more == "positions":
+            options |= {"position_q": two, "position_k": two, "window_left": 2**62}
+        out, lse = ops.varlen_attn_drawn(x, x, x, cu, cu, tokens, tokens, **options, seeds=two)
+        backward = ops.varlen_attn_backward_joined if joined else ops.varlen_attn_backward
+        grads = backward(x, None, out, lse, two, x, x, x, cu, cu, tokens, tokens, **options)
+        return out, lse, *([grads] if joined else grads), *([two] if more == "returned" else [])
+
+    numbers = torch.arange(7) - 3
+    module = make_fx(step, tracing_mode="fake", decomposition_table={torch.ops.aten.stack.default: _stack})(numbers, rows, ends)
+    expected = module(numbers, rows, ends)
+    assert read_seeds_in_place(module.graph) == 1
+    module.graph.lint()
+    module.recompile()
+    for found, wanted in zip(module(numbers, rows, ends), expected, strict=True):
+        assert torch.equal(found, wanted)
+    attentions = [node for node in module.graph.nodes if node.target in drawn_seeds._PLACES]
+    told = [node.kwargs.get("seeds_at") for node in attentions]
+    assert told == ([None] * 2 if more == "positions" else [3] * 2)
+    slices = module.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+    assert len(slices) == (1 if more else 0)
+    assert not module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+
+
+def _stack(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return torch.ops.aten.cat.default([torch.ops.aten.unsqueeze.default(x, dim) for x in parts], dim)
 
 
 @pytest.mark.parametrize(
@@ -486,13 +530,21 @@ def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -
     operators.varlen_attn_backward(out, None, out, lse, numbers, *case.operands, **case.options)
     assert {name for name, _ in seen} == {"forward", "backward"}, "the first kernel, which takes none, was asked"
     torch.library.opcheck(operators.varlen_attn, case.operands, {**case.options, "seeds": numbers})
+    more = {"seeds": torch.tensor([8, 9, 3, 4, 7]), "seeds_at": 2}
+    torch.library.opcheck(operators.varlen_attn, case.operands, {**case.options, **more})
+    out, _, rng_state = operators.varlen_attn(*case.operands, **case.options, **more)
+    for one, other in zip((out, *torch.autograd.grad(out.square().sum(), case.operands[:3])), results[0]):
+        assert torch.equal(one, other)
     plain = {**case.options, "dropout_p": 0.0, "kernels": "other"}
     nothing_drawn = operators.varlen_attn(*case.operands, **plain, seeds=numbers)[0]
     assert torch.equal(nothing_drawn, operators.varlen_attn(*case.operands, **plain)[0])
     with pytest.raises(TypeError, match="seeds"):
         operators.varlen_attn(*case.operands, **case.options, seeds=numbers.int())
-    with pytest.raises(ValueError, match="seeds"):
-        operators.varlen_attn(*case.operands, **case.options, seeds=numbers[:1])
+    for seeds, seeds_at in ((numbers[:1], 0), (numbers, 1), (numbers, -1), (numbers[:, None], 0)):
+        with pytest.raises(ValueError, match=rf"seeds has shape .* and seeds_at is {seeds_at}; two entries from there on"):
+            operators.varlen_attn(*case.operands, **case.options, seeds=seeds, seeds_at=seeds_at)
+    with pytest.raises(ValueError, match="seeds_at is 2 and no seeds are given"):
+        operators.varlen_attn(*case.operands, **case.options, seeds_at=2)
 
 
 def test_it_is_asked_for_where_only_a_backward_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,13 @@ Schema of ``varlen_attn``::
                          lse: such rows may then hold anything (packed graphs never read them, so a kernel is saved); and in
                          the operands and the gradient of out they hold finite numbers, for then they may be read
     lse_by_row           lse and its gradient are (T_q, H), as some kernels write and read it
-    seeds                (2,) int64: what dropout is drawn from, by kernels that need not draw them then (forward only); the
-                         backward gets them as its rng_state
+    seeds                (n,) int64: dropout is drawn from two of these numbers, by kernels that need not draw them then (forward
+                         only); the backward gets them as its rng_state
+    seeds_at             where in seeds the first of the two is; they may be one tensor for many calls
 
     -> out (T_q, H, D_v), contiguous; lse (H, T_q), contiguous, natural logarithm, float64 for float64 operands and float32 else;
        rng_state (2,) uint64 from which the backward draws the same dropout again, empty if dropout_p is 0 or seeds are given
-       (in compiled graphs the seeds, (2,) int64, where these are drawn for the kernel)
+       (in compiled graphs the seeds, int64, where these are drawn for the kernel)
 
 Rows at and behind ``cu_seq_q[-1]``, and queries that see no key, have out 0 and lse -inf, and give no gradient. What rows
 outside of every sequence hold shows nowhere, but for ``tails_unread``. (With one kernel, ``flash4``, NaN there can show in how the
@@ -62,24 +63,24 @@ OPTIONS = (
     "Tensor? position_q=None, Tensor? position_k=None, str? kernels=None, bool tails_unread=False, "
     "float softcap=0.0, Tensor? block_table=None, bool batch_invariant=False"
 )
-BY_ROW = "bool lse_by_row=False"
+OF_GRAPHS = "bool lse_by_row=False, int seeds_at=0"
 OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # The library must live as long as the operators.
 LIBRARY = torch.library.Library("varlen_inductor", "FRAGMENT")
 LIBRARY.define(
-    f"varlen_attn({OPERANDS}, {OPTIONS}, {BY_ROW}, Tensor? seeds=None) "
+    f"varlen_attn({OPERANDS}, {OPTIONS}, {OF_GRAPHS}, Tensor? seeds=None) "
     "-> (Tensor out, Tensor lse, Tensor rng_state)",
     tags=(*TAGS, torch.Tag.nondeterministic_seeded),
 )
 LIBRARY.define(
-    f"varlen_attn_drawn({OPERANDS}, {OPTIONS}, {BY_ROW}, Tensor? seeds=None) -> (Tensor out, Tensor lse)",
+    f"varlen_attn_drawn({OPERANDS}, {OPTIONS}, {OF_GRAPHS}, Tensor? seeds=None) -> (Tensor out, Tensor lse)",
     tags=TAGS,
 )
 LIBRARY.define(
     "varlen_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{OPERANDS}, {OPTIONS}, {BY_ROW}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    f"{OPERANDS}, {OPTIONS}, {OF_GRAPHS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     tags=TAGS,
 )
 varlen_attn = torch.ops.varlen_inductor.varlen_attn.default
@@ -114,11 +115,12 @@ def split_arguments(
     block_table: Tensor | None = None,
     batch_invariant: bool = False,
     lse_by_row: bool = False,
+    seeds_at: int = 0,
     seeds: Tensor | None = None,
 ) -> tuple[Layout, Rule, str | None]:
     """What the operators are called with behind query, key and value, sorted. (PyTorch leaves out what is at its default.)"""
     lengths = (cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
-    layout = Layout(*lengths, position_q, position_k, tails_unread, block_table, lse_by_row, seeds)
+    layout = Layout(*lengths, position_q, position_k, tails_unread, block_table, lse_by_row, seeds_at, seeds)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2] or 1)
     return layout, Rule(scale, window_left, window_right, dropout_p, softcap, batch_invariant), kernels
@@ -311,7 +313,7 @@ def through_backward(
         grad_out = torch.zeros_like(out)
     if _compat_operators.nothing_intercepts(grad_out, grad_lse, query):
         return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels, problem)
-    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _, lse_by_row, _ = layout
+    cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, position_q, position_k, tails_unread, _, lse_by_row, seeds_at, _ = layout
     scale, window_left, window_right, dropout_p, softcap, batch_invariant = rule
     return varlen_attn_backward(  # type: ignore[no-any-return]
         grad_out,
@@ -338,6 +340,7 @@ def through_backward(
         softcap=softcap,
         batch_invariant=batch_invariant,
         lse_by_row=lse_by_row,
+        seeds_at=seeds_at,
     )
 
 

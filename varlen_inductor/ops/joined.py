@@ -17,8 +17,8 @@ from torch import Tensor
 
 from varlen_inductor import _compat_operators
 from varlen_inductor.ops.attention import (
-    BY_ROW,
     LIBRARY,
+    OF_GRAPHS,
     OPERANDS,
     OPTIONS,
     TAGS,
@@ -35,7 +35,7 @@ from varlen_inductor.ops.problem import Layout, Problem, Rule
 
 LIBRARY.define(
     "varlen_attn_backward_joined(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
-    f"{OPERANDS}, {OPTIONS}, {BY_ROW}) -> Tensor grads",
+    f"{OPERANDS}, {OPTIONS}, {OF_GRAPHS}) -> Tensor grads",
     tags=TAGS,
 )
 varlen_attn_backward_joined = torch.ops.varlen_inductor.varlen_attn_backward_joined.default

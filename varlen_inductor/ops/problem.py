@@ -26,8 +26,11 @@ class Layout(NamedTuple):
     """(N, pages of a sequence) int32: keys and values lie in pages (pages, page_size, H_k, D), and ``cu_seq_k`` says nothing."""
     lse_by_row: bool = False
     """Whether lse is (T_q, H), and so is its gradient."""
+    seeds_at: int = 0
+    """Where in ``seeds`` the two numbers of this attention are."""
     seeds: Tensor | None = None
-    """(2,) int64, from which a forward draws what it drops; without it the forward draws these numbers, too."""
+    """(n,) int64, n at least ``seeds_at + 2``, from two of which a forward draws what it drops; without it the forward draws these
+    numbers, too."""
 
 
 class Rule(NamedTuple):

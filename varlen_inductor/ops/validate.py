@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> None:
     """Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or number."""
-    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k, _, block_table, _, seeds = layout
+    cu_seq_q, cu_seq_k, _, _, seqused_k, position_q, position_k, _, block_table, _, seeds_at, seeds = layout
     _, window_left, window_right, dropout_p, softcap, _ = rule
     if block_table is not None and seqused_k is None:
         raise ValueError("block_table is given without seqused_k, which must say how many keys of its pages a sequence uses")
@@ -43,8 +43,8 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
         raise ValueError(f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit")
     if seqused_k is not None:
         _check_vector("seqused_k", seqused_k, cu_seq_q.shape[0] - 1, "sequence", (torch.int32,), device)
-    if seeds is not None:
-        _check_vector("seeds", seeds, 2, "random number", (torch.int64,), device)
+    if seeds is not None or seeds_at:
+        _check_seeds(seeds, seeds_at, device)
     if block_table is not None:
         _check_pages(block_table, layout, device)
     if (position_q is None) != (position_k is None):
@@ -129,6 +129,16 @@ def _check_vector(name: str, x: Tensor, length: int, per: str, dtypes: tuple[tor
     if x.dim() != 1 or _differ(x.shape[0], length):
         raise ValueError(f"{name} has shape {_shape(x)}; it must be ({length},), one entry per {per}")
     _check_device(name, x, device)
+
+
+def _check_seeds(seeds: Tensor | None, seeds_at: int, device: torch.device) -> None:
+    if seeds is None:
+        raise ValueError(f"seeds_at is {seeds_at} and no seeds are given; it says where in them two random numbers are")
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seeds is {seeds.dtype}; it must be torch.int64")
+    if seeds_at < 0 or seeds.dim() != 1 or seeds.shape[0] < seeds_at + 2:
+        raise ValueError(f"seeds has shape {_shape(seeds)} and seeds_at is {seeds_at}; two entries from there on must be in it")
+    _check_device("seeds", seeds, device)
 
 
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:

@@ -354,6 +354,28 @@ def test_plans_that_are_found_by_operands_as_they_come(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("step", [1, 2])
+def test_seeds_are_read_where_they_are(step: int, offset: int, by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, layout, rule = packed_operands((5, 1, 9), dropout_p=0.5)
+    found: list[list[int]] = []
+    monkeypatch.setattr(
+        StandIn, "run", lambda self, index, stream, pointers, workspace: found.append(memory(pointers[-2], 2, torch.int64).tolist())
+    )
+    seeds = torch.arange(20, 40)[offset::step]
+    for seeds_at in (0, 3):
+        given = layout._replace(lse_by_row=by_row, seeds_at=seeds_at, seeds=seeds)
+        out, lse, rng_state = cudnn.forward(*operands, given, rule)
+        assert rng_state.numel() == 0
+        for wants_lse in (False, True):
+            cudnn.forward_drawn(*operands, given, rule, wants_lse)
+        cudnn.backward(out, None, out, lse, seeds, *operands, given, rule)
+        assert found == [seeds[seeds_at : seeds_at + 2].tolist()] * 4
+        found.clear()
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("lengths", [(5, 1, 9), (0, 7, 0, 3), (1,)], ids=str)
 def test_lse_by_row(lengths: tuple[int, ...], window: str) -> None:

@@ -48,12 +48,12 @@ def test_by_pytorch_on_another_device_or_without_the_allocator(
 
 
 @pytest.mark.parametrize("lse_size", [(3, 4), (4, 3), None], ids=str)
-@pytest.mark.parametrize("allocator", [True, False])
-def test_results(allocator: bool, lse_size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("allocator", "known"), [(True, False), (True, True), (False, False), (False, True)])
+def test_results(allocator: bool, known: bool, lse_size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_allocate", torch._C._dynamo.guards._empty_strided_cpu if allocator else None)
     monkeypatch.setattr(_compat_operators, "current_device_index", lambda: 1)
     like: Any = OnDevice() if allocator else torch.ones(2, dtype=torch.bfloat16)
-    out, lse = memory.empty_results(like, 4, 3, 8, lse_size)
+    out, lse = memory.empty_results(like, (4, 3, 8), lse_size, *[like.get_device()] * known)
     assert (out.shape, out.dtype, out.is_contiguous()) == ((4, 3, 8), torch.bfloat16, True)
     if lse_size is None:
         assert lse is None

@@ -209,7 +209,12 @@ def check_the_first_result_alone() -> None:
             operands = [x.detach() for x in each.operands[:3]]
             expected, lse, rng_state = triton_kernel.forward(*operands, layout, rule)
             if rule.dropout_p > 0.0:
-                layout = layout._replace(seeds=rng_state.view(torch.int64))
+                given = (expected, None, expected, lse)
+                gradients = triton_kernel.backward(*given, rng_state, *operands, layout, rule)
+                seeds = torch.cat([torch.tensor([5]), rng_state.view(torch.int64)])
+                layout = layout._replace(seeds=seeds, seeds_at=1)
+                for found, wanted in zip(triton_kernel.backward(*given, seeds, *operands, layout, rule), gradients):
+                    assert torch.equal(found, wanted)
             assert torch.equal(triton_kernel.forward_drawn(*operands, layout, rule, False)[0], expected)
             for found, wanted in zip(triton_kernel.forward_drawn(*operands, layout, rule, True), (expected, lse)):
                 assert torch.equal(found, wanted)

@@ -83,11 +83,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if layout.lse_by_row:
         if not _packed(layout):
             return with_lse_as_asked(forward(query, key, value, layout._replace(lse_by_row=False), rule), layout)
-        tokens, heads, _ = query.shape
-        out, lse = empty_results(query, tokens, heads, value.shape[2], (tokens, heads))
+        seeds = _new_rng_state(query, rule) if layout.seeds is None else layout.seeds
+        out, lse = _in_one_launch(query, key, value, layout, rule, seeds, True, index)
         assert lse is not None
-        seeds = _new_rng_state(query, rule) if layout.seeds is None else layout.seeds.contiguous()
-        _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
         return out, lse, seeds if layout.seeds is None else empty(query, 0, dtype=torch.uint64)
     layout = contiguous(layout)
     query, strides_q, at_q = _readable(query)
@@ -100,7 +98,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     seeds = _new_rng_state(query, rule) if layout.seeds is None else layout.seeds.contiguous()
     stream = _compat_operators.current_stream_pointer(index)
     places = place(plan, layout, lse, lse.numel(), stream)
-    pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(seeds, rule))
+    pointers = (at_q, at_k, at_v, out.data_ptr(), places.stats, *places.pointers, *_random_pointers(seeds, layout, rule))
     plan.run(index, stream, pointers, places.workspace)
     finish_forward(plan, layout, places, out, lse, stream)
     return out, lse, seeds if layout.seeds is None else empty(query, 0, dtype=torch.uint64)
@@ -114,11 +112,7 @@ def forward_drawn(
     one_launch = (layout.lse_by_row or not wants_lse) and _packed(layout) and rule.scale > 0.0
     if not one_launch or index != _compat_operators.current_device_index():
         return forward(query, key, value, layout, rule)[:2]
-    tokens, heads, _ = query.shape
-    out, lse = empty_results(query, tokens, heads, value.shape[2], (tokens, heads) if wants_lse else None)
-    seeds = None if layout.seeds is None else layout.seeds.contiguous()
-    _in_one_launch(out, lse, seeds, query, key, value, layout, rule, index)
-    return out, lse
+    return _in_one_launch(query, key, value, layout, rule, layout.seeds, wants_lse, index)
 
 
 def _packed(layout: Layout) -> bool:
@@ -128,32 +122,33 @@ def _packed(layout: Layout) -> bool:
 
 
 def _in_one_launch(
-    out: Tensor,
-    lse: Tensor | None,
-    rng_state: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: Layout,
     rule: Rule,
+    seeds: Tensor | None,
+    wants_lse: bool,
     index: int,
-) -> None:
-    """Writes the results of a forward in a packed graph to ``out`` and, if it is wanted, ``lse`` (T, H).
+) -> tuple[Tensor, Tensor | None]:
+    """A forward in a packed graph, on the current device: ``out`` and, if it is wanted, ``lse`` (T, H).
 
     It is one launch, but in the first layer: lse stays as cuDNN writes it, there are no rows to set right, and layers share what
-    says where sequences lie.
+    says where sequences lie. (What is asked of a tensor takes the host a tenth of a microsecond, so nothing is asked twice.)
     """
+    shape, shape_v, dtype = query.shape, value.shape, query.dtype  # which tell key's
+    tokens, heads, _ = shape
+    out, lse = empty_results(query, (tokens, heads, shape_v[2]), (tokens, heads) if wants_lse else None, index)
     at_q, at_k, at_v = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    strides, shapes = (query.stride(), key.stride(), value.stride()), (query.shape, key.shape, value.shape)
-    offsets = layout.cu_seq_q
-    kind = (index, query.dtype, shapes, strides, rule, layout.max_q, layout.max_k, offsets.shape, lse is None)
+    strides = query.stride(), key.stride(), value.stride()
+    kind = (index, dtype, shape, shape_v, strides, rule, layout.max_q, layout.max_k, layout.cu_seq_q.numel(), wants_lse)
     plan = None if (at_q | at_k | at_v) & 15 else _ready.get(kind)
     if plan is None:
         operands = query, key, value
         query, strides_q, at_q = _readable(query)
         key, strides_k, at_k = _readable(key)
         value, strides_v, at_v = _readable(value)
-        plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule, lse is not None)
+        plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule, wants_lse)
         if query is operands[0] and key is operands[1] and value is operands[2]:
             if len(_ready) >= _MOST_KNOWN:
                 _ready.clear()
@@ -161,8 +156,13 @@ def _in_one_launch(
     stream = _compat_operators.current_stream_pointer(index)
     places = place_once(plan, layout, stream)
     results = (out.data_ptr(),) if lse is None else (out.data_ptr(), lse.data_ptr())
-    random = () if rng_state is None else _random_pointers(rng_state, rule)
-    plan.run(index, stream, (at_q, at_k, at_v, *results, *places.pointers, *random), places.workspace)
+    if rule.dropout_p == 0.0 or seeds is None:
+        plan.run(index, stream, (at_q, at_k, at_v, *results, *places.pointers), places.workspace)
+    else:
+        seeds = seeds.contiguous()  # a copy lives until it is launched
+        seed = seeds.data_ptr() + 8 * layout.seeds_at
+        plan.run(index, stream, (at_q, at_k, at_v, *results, *places.pointers, seed, seed + 8), places.workspace)
+    return out, lse
 
 
 def backward(
@@ -233,7 +233,7 @@ def backward_into(
         places = place_backward(plan, layout, (lse.t() if layout.lse_by_row else lse).contiguous(), stream)
         at_lse, at_workspace = places.stats, places.workspace
     operands = (at_q, at_k, at_v, out.data_ptr(), at_lse, at_g, *at_grads)
-    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, rule)), at_workspace)
+    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, layout, rule)), at_workspace)
     if not (plan.key.square and layout.tails_unread):
         finish_backward(plan, layout, grads)
     return None
@@ -341,11 +341,12 @@ def _new_rng_state(query: Tensor, rule: Rule) -> Tensor:
     return empty(query, 2, dtype=torch.int64).random_(0, 2**31).view(torch.uint64)
 
 
-def _random_pointers(rng_state: Tensor, rule: Rule) -> tuple[int, ...]:
+def _random_pointers(rng_state: Tensor, layout: Layout, rule: Rule) -> tuple[int, ...]:
     """Of the seed and of the offset of cuDNN's random numbers, where there are any."""
     if rule.dropout_p == 0.0:
         return ()
-    return rng_state.data_ptr(), rng_state.data_ptr() + 8
+    seed = rng_state.data_ptr() + 8 * layout.seeds_at
+    return seed, seed + 8
 
 
 BACKEND = Backend(

@@ -221,7 +221,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         query, rule, _ = positive_scale(query, rule)
     q, k, v, sizes = _operands(query, key, value)
     rows, heads, _, _, _, dim_v = sizes
-    out, lse = empty_results(q, rows, heads, dim_v, (heads, rows))
+    out, lse = empty_results(q, (rows, heads, dim_v), (heads, rows))
     assert lse is not None
     if layout.tails_unread:
         _run("forward", (q, k, v, out, lse), sizes, layout, rule)

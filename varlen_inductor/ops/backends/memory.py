@@ -30,11 +30,18 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def empty_results(
-    like: Tensor, rows: int, heads: int, dim: int, lse_size: tuple[int, int] | None
+    like: Tensor, size: tuple[int, int, int], lse_size: tuple[int, int] | None, index: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Of a forward ``out`` (rows, heads, dim) and, if it has a size, lse in float32: one question for both, and no loops."""
-    index = like.get_device()
-    if _allocate is None or index < 0 or index != _compat_operators.current_device_index():
-        return like.new_empty((rows, heads, dim)), None if lse_size is None else like.new_empty(lse_size, dtype=torch.float32)
-    out = _allocate((rows, heads, dim), (heads * dim, dim, 1), like.dtype)
+    """Of a forward ``out`` and, if it has a size, lse in float32; as `empty`, with one question for both and no loops.
+
+    Args:
+        index: of the device of ``like``, where that is known to be the current one, or to be no CUDA device: negative then.
+    """
+    if index is None:
+        index = like.get_device()
+        index = index if index >= 0 and index == _compat_operators.current_device_index() else -1
+    if _allocate is None or index < 0:
+        return like.new_empty(size), None if lse_size is None else like.new_empty(lse_size, dtype=torch.float32)
+    _, heads, dim = size
+    out = _allocate(size, (heads * dim, dim, 1), like.dtype)
     return out, None if lse_size is None else _allocate(lse_size, (lse_size[1], 1), torch.float32)

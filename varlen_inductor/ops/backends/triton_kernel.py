@@ -137,8 +137,12 @@ def forward_drawn(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``out`` and ``lse``; see ``ForwardDrawn``. What is not wanted is not written."""
+    index = query.get_device()
+    if index >= 0 and index != _compat_operators.current_device_index():
+        with torch.cuda.device(index):
+            return forward_drawn(query, key, value, layout, rule, wants_lse)
     tokens, heads, _ = query.shape
-    out, lse = empty_results(query, tokens, heads, value.shape[-1], (heads, tokens) if wants_lse else None)
+    out, lse = empty_results(query, (tokens, heads, value.shape[-1]), (heads, tokens) if wants_lse else None, index)
     _attend(out, lse, layout.seeds, query, key, value, layout, rule)
     return out, lse
 
@@ -406,7 +410,7 @@ def _data(layout: Layout, rule: Rule, rng_state: Tensor | None) -> tuple[Tensor 
         None if seqused_k is None else seqused_k.contiguous(),
         None if position_q is None else position_q.contiguous(),
         None if position_k is None else position_k.contiguous(),
-        None if rng_state is None or rule.dropout_p == 0.0 else rng_state.view(torch.int64).contiguous(),
+        None if rng_state is None or rule.dropout_p == 0.0 else rng_state.view(torch.int64).contiguous()[layout.seeds_at :],
     )
 
 

@@ -29,7 +29,7 @@ def usual_forward(
     The dtypes of what comes with query are known, and its addresses are multiples of 16. (Of ``rng_state`` nothing is asked: its
     alignment makes no difference.)
     """
-    cu_q, cu_k, max_q, _, seqused_k, position_q, _, _, table, _, _ = layout
+    cu_q, cu_k, max_q, _, seqused_k, position_q, _, _, table, _, seeds_at, _ = layout
     if seqused_k is not None or position_q is not None or table is not None or rule.scale <= 0.0:
         return None
     dtype = query.dtype
@@ -44,12 +44,12 @@ def usual_forward(
     if rng_state is not None:
         if rng_state.stride() != (1,):
             return None
-        at_rng = rng_state.data_ptr()
+        at_rng = rng_state.data_ptr() + 8 * seeds_at
     if together & 15:
         return None
-    shapes = (query.shape, key.shape, value.shape, cu_q.shape)
+    sizes = (query.shape, value.shape, cu_q.numel())  # which tell key's
     strides = (query.stride(), key.stride(), value.stride(), out.stride())
-    kind = (query.get_device(), dtype, shapes, strides, rule, max_q, at_lse is None)
+    kind = (query.get_device(), dtype, sizes, strides, rule, max_q, at_lse is None)
     return kind, at_query, at_key, at_value, at_out, at_lse, at_q, at_k, at_rng
 
 
