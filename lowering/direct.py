@@ -2,7 +2,8 @@
 
 The graph was checked when it was traced, and autograd and autocast were applied then. Of a call whose head counts and head dims
 are numbers, nothing that decides between kernels changes from run to run but the bounds of the lengths: such a call gets a
-`site` of its own, made when the generated code is loaded, which looks for its kernel once.
+`site` of its own, made when the generated code is loaded, which looks for its kernel once. It also looks at the first results of
+each kernel, where Inductor would assert at every call that they lie as the graph was told.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from varlen_inductor.ops.attention import debug, default_kernels, drawn_from, ru
 from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import Backend, backward_by, forward_by
 from varlen_inductor.ops.joined import backward_joined_by, run_backward_joined
-from varlen_inductor.ops.problem import Layout, Problem
+from varlen_inductor.ops.problem import Layout, Problem, Rule
 from varlen_inductor.ops.validate import check_lengths
 
 _Lengths = tuple[Tensor, Tensor, int, int]
 """cu_seq_q, cu_seq_k, max_q, max_k: what every call is given by position behind query, key and value."""
 
 _MOST_BOUNDS = 256
+_ALIGNMENT = 16
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +100,31 @@ def site(
     return _backward_site(options, lambda backend: partial(backward_joined_by, backend), backward_joined)
 
 
+def results_of_forward(query: Tensor, value: Tensor, layout: Layout, rule: Rule) -> dict[str, tuple[int, ...]]:
+    """The sizes of what a forward gives; of ``rng_state``, which is last, there may be none."""
+    tokens, heads, _ = query.shape
+    drawn = 2 if rule.dropout_p > 0.0 and layout.seeds is None else 0
+    lse = (tokens, heads) if layout.lse_by_row else (heads, tokens)
+    return {"out": (tokens, heads, value.shape[-1]), "lse": lse, "rng_state": (drawn,)}
+
+
+def results_of_backward(query: Tensor, key: Tensor, value: Tensor, joined: bool) -> dict[str, tuple[int, ...]]:
+    """The sizes of what a backward gives."""
+    if joined:
+        return {"the gradients": (query.shape[0], sum(x.shape[1] * x.shape[2] for x in (query, key, value)))}
+    return {f"the gradient of {name}": tuple(x.shape) for name, x in (("query", query), ("key", key), ("value", value))}
+
+
+def look_at(results: Any, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ``RuntimeError`` unless these are contiguous tensors of these sizes, or ``None``, and aligned."""
+    for x, (name, size) in zip((results,) if isinstance(results, Tensor) else results, sizes.items()):
+        if x is not None and not (x.shape == size and x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0):
+            raise RuntimeError(
+                f"{name} is {tuple(x.shape)} with strides {x.stride()} at {x.data_ptr():#x}; it must be {size}, contiguous, and at "
+                f"a multiple of {_ALIGNMENT}"
+            )
+
+
 class _Known:
     """What a site has found out for calls with the same ``max_q`` and ``max_k``."""
 
@@ -116,6 +143,7 @@ class _Known:
         choice = choose(self.problem, self.kernels, call.backward, fallback.failed(self.problem, call.backward))
         self.backend, self.gathers = choice.backend, choice.gathers
         self.run = call.of(choice.backend)
+        self.looked = False
         named = dict(zip(Layout._fields[4:], layout[4:], strict=True))
         self.rest = tuple(None if name in tensors else value for name, value in named.items())[:-1]
         self.constants: dict[str, Any] = {name: value for name, value in named.items() if name not in tensors}
@@ -180,11 +208,18 @@ def _forward_site(
     ) -> tuple[Any, ...]:
         known = found.get(args[2:]) or look(query, key, value, args, {**tensors, "seeds": seeds})
         if not (known.gathers or failed(known.problem, False) or debug()):
+            layout = known.layout(args, seeds, tensors)
             try:
-                return known.run(query, key, value, known.layout(args, seeds, tensors), known.rule)
+                results = known.run(query, key, value, layout, known.rule)
+                if not known.looked:
+                    look_at(results, results_of_forward(query, value, layout, known.rule))
+                    known.looked = True
+                return results
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, False)
-        return otherwise(query, key, value, *args, **options, **tensors, seeds=seeds)
+        results = otherwise(query, key, value, *args, **options, **tensors, seeds=seeds)
+        look_at(results, results_of_forward(query, value, known.layout(args, seeds, tensors), known.rule))
+        return results
 
     return attend
 
@@ -213,9 +248,15 @@ def _backward_site(
         if grad_lse is None and not failed(known.problem, True):
             layout = known.layout(args, None, tensors)
             try:
-                return known.run(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
+                results = known.run(grad_out, None, out, lse, rng_state, query, key, value, layout, known.rule)
+                if not known.looked:
+                    look_at(results, results_of_backward(query, key, value, isinstance(results, Tensor)))
+                    known.looked = True
+                return results
             except Exception as error:
                 fallback.note(error, known.backend, known.problem, known.kernels, True)
-        return otherwise(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)
+        results = otherwise(grad_out, grad_lse, out, lse, rng_state, query, key, value, *args, **options, **tensors)
+        look_at(results, results_of_backward(query, key, value, isinstance(results, Tensor)))
+        return results
 
     return differentiate

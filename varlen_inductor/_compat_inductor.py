@@ -132,7 +132,8 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
     """Let Inductor's Python code call ``module.function`` where a graph has the operator ``op``, which takes the same arguments.
 
     Where heads and head dims of query, key and value, the arguments from ``first_operand`` on, are numbers, and no size is zero,
-    it calls what ``module.site(function, ...)`` returns when the code is loaded, which is given the options that are constants.
+    it calls what ``module.site(function, ...)`` returns when the code is loaded, which is given the options that are constants. It
+    looks at what kernels give by itself, so the code does not assert at every call how the results lie.
 
     ``FallbackKernel`` is the node that calls an operator; Python code writes its ``python_kernel_name``, and an import with
     ``add_import_once`` of the outermost wrapper. Code in C++ calls the operator.
@@ -163,6 +164,8 @@ def lower_to_call(op: Any, module: str, function: str, first_operand: int = 0) -
                     outermost.add_import_once(f"from {module} import site as varlen_site")
                     made_for = self._site_is_made_for(first_operand)
                     outermost.add_import_once(f"{self.python_kernel_name} = varlen_site({function!r}{given})  # {made_for}")
+                    for output in self.outputs:
+                        output.skip_size_stride_alignment_checks = True  # of ``MultiOutput``
             super().codegen(wrapper)
 
         def _first_result_is_all(self) -> bool:

@@ -148,6 +148,70 @@ def test_a_site_goes_on_with_another_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         fallback.forget()
 
 
+@pytest.mark.parametrize("wrong", ["size", "strides", "address"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_site_looks_at_what_a_kernel_gives_first(joined: bool, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code does not, so one whose results are not as the graph was told is not taken at its word."""
+    case = make_case((5, 9), heads=(2, 2))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    results = attention.varlen_attn(*operands, kernels="math")
+    gradients = attention.varlen_attn_backward(results[0], None, *results, *operands, kernels="math")
+
+    def spoilt(x: Tensor) -> Tensor:
+        if wrong == "size":
+            return x[:-1]
+        if wrong == "strides":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+    def forward(*args: Any) -> Any:
+        return results[0], spoilt(results[1]), results[2]
+
+    def backward(*args: Any) -> Any:
+        return gradients[0], gradients[1], spoilt(gradients[2])
+
+    backend = dataclasses.replace(cpu.BACKEND, forward=forward, backward=backward, backward_into=None)
+    monkeypatch.setattr(backends, "BACKENDS", (backend, math.BACKEND))
+    monkeypatch.setattr(backends, "_order", lambda problem, backward, host_counts: backends.BACKENDS)
+    backends.choose.cache_clear()
+    if joined:  # which makes one tensor of whatever it is given
+        monkeypatch.setattr(direct, "backward_joined_by", lambda *args: spoilt(torch.cat([x.flatten(1) for x in gradients], 1)))
+    attend = direct.site("forward", kernels="auto")
+    differentiate = direct.site("backward_joined" if joined else "backward", kernels="auto")
+    try:
+        with pytest.warns(RuntimeWarning, match="the kernel cpu raised RuntimeError: lse is .* it must be "):
+            found = attend(*operands)
+        assert torch.equal(found[1], results[1])
+        with pytest.warns(RuntimeWarning, match=r"the kernel cpu raised RuntimeError: the gradients? .*is \(.* it must be "):
+            found = differentiate(results[0], None, *results, *operands)
+        found = found if joined else torch.cat([x.flatten(1) for x in found], 1)
+        assert torch.equal(found, torch.cat([x.flatten(1) for x in gradients], 1))
+    finally:
+        backends.choose.cache_clear()
+        fallback.forget()
+
+
+def test_results_that_nobody_can_give_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last kernel, too, is looked at, and a kernel of which it was said to be good is not looked at again."""
+    case = make_case((5, 9))
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
+    looks: list[object] = []
+    look_at = direct.look_at
+    monkeypatch.setattr(direct, "look_at", lambda *args: looks.append(args) or look_at(*args))
+    attend = direct.site("drawn", kernels="auto")
+    for _ in range(3):
+        attend(*operands)
+    assert len(looks) == 1
+    backend = dataclasses.replace(math.BACKEND, forward=lambda *args: [x[1:] for x in math.BACKEND.forward(*args)])
+    monkeypatch.setattr(backends, "BACKENDS", (backend,))
+    backends.choose.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"out is \(13, .*; it must be \(14, "):
+            direct.site("drawn", kernels="auto")(*operands)
+    finally:
+        backends.choose.cache_clear()
+
+
 def test_a_site_reads_pages_by_a_kernel_that_cannot() -> None:
     case = in_pages(make_case((5, 9)), page_size=4)
     operands = [x.detach() if isinstance(x, Tensor) else x for x in case.operands]
@@ -203,6 +267,7 @@ def test_a_site_where_only_the_number_of_tokens_is_open() -> None:
     outs, code = run_and_get_code(step)
     assert len(code) == 2  # forward and backward, for both
     assert sites(code)[0] == "'drawn', window_right=0, kernels='auto'"
+    assert not any("assert_" in line and "varlen_attn" in line for text in code for line in text.splitlines()), "sites look"
     for case, out in zip((first, second), outs):
         assert torch.allclose(out, attend(*case.operands[:4]), atol=1e-5)
 
