@@ -315,9 +315,15 @@ def test_plans_that_are_found_by_operands_as_they_come(monkeypatch: pytest.Monke
     monkeypatch.setattr(StandIn, "run", lambda *args: None)
     ready: dict[Any, Any] = {}
     rows, heads, dims, gap, start, sequences = 12, [4, 2], [8, 16], 0, 0, 3
-    bounds, rule, wants_lse, again = [130, 130], Rule(0.5), True, 0
-    for _ in range(600):
-        change = draw.randrange(9)
+    bounds, rule, wants_lse, again = [130, 130], Rule(0.5), True, {False: 0, True: 0}
+    gap_g, gap_grads, start_g, start_lse = 0, [0, 0, 0], 0, 0
+
+    def rows_of(count: int, dim: int, gap: int, start: int) -> Tensor:
+        memory = torch.zeros(start + rows * (count * dim + gap), dtype=torch.bfloat16)[start:]
+        return memory.view(rows, -1)[:, : count * dim].unflatten(1, (count, dim))
+
+    for _ in range(900):
+        change = draw.randrange(13)
         if change == 0:
             rows = draw.choice([12, 17])
         elif change == 1:
@@ -334,23 +340,41 @@ def test_plans_that_are_found_by_operands_as_they_come(monkeypatch: pytest.Monke
             bounds[draw.randrange(2)] = draw.choice([130, 300])
         elif change == 7:
             rule = rule._replace(scale=draw.choice([0.5, 0.25]), window_right=draw.choice([-1, 0]))
-        else:
+        elif change == 8:
             wants_lse = not wants_lse
-        operands = []
-        for count, dim in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1])):
-            memory = torch.zeros(start + rows * (count * dim + gap), dtype=torch.bfloat16)[start:]
-            operands.append(memory.view(rows, -1)[:, : count * dim].unflatten(1, (count, dim)))
+        elif change == 9:
+            gap_g = draw.choice([0, 8, 3])
+        elif change == 10:
+            gap_grads[draw.randrange(3)] = draw.choice([0, 8])
+        elif change == 11:
+            start_g = draw.choice([0, 8, 1])
+        else:
+            start_lse = draw.choice([0, 4, 1])
+        sizes = ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]))
+        operands = [rows_of(*size, gap, start) for size in sizes]
         offsets = torch.zeros(sequences + 1, dtype=torch.int32)
         layout = Layout(offsets, offsets, *bounds, tails_unread=True, lse_by_row=True)
         for known in ({}, ready, ready):
             monkeypatch.setattr(cudnn, "_ready", known)
             looked.clear()
             cudnn.forward_drawn(*operands, layout, rule, wants_lse)
-        again += not looked
+        again[False] += not looked
         assert bool(looked) == (start == 1), "what is copied is another tensor each time"
         assert keys[-1] == keys[-2] == keys[-3]
-    assert again > 100
-    assert len(set(keys)) > 50
+        grads = tuple(rows_of(*size, each, 0) for size, each in zip(sizes, gap_grads))
+        out, grad_out = rows_of(heads[0], dims[1], 0, 0), rows_of(heads[0], dims[1], gap_g, start_g)
+        lse = torch.zeros(rows * heads[0] + start_lse)[start_lse:].view(rows, heads[0])
+        for known in ({}, ready, ready):
+            monkeypatch.setattr(cudnn, "_ready", known)
+            looked.clear()
+            cudnn.backward_into(grads, grad_out, out, lse, torch.empty(0), *operands, layout, rule)  # type: ignore[arg-type]
+        again[True] += not looked
+        assert bool(looked) == (1 in (start, start_g, start_lse) or gap_g == 3)
+        if start_lse != 1:  # else lse is copied, and nothing is shared
+            assert keys[-1] == keys[-2] == keys[-3]
+    assert min(again.values()) > 100
+    assert len({key for key in keys if key.backward}) > 50
+    assert len({key for key in keys if not key.backward}) > 50
 
 
 @pytest.mark.usefixtures("on_the_cpu")

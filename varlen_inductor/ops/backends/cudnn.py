@@ -150,9 +150,7 @@ def _in_one_launch(
         value, strides_v, at_v = _readable(value)
         plan = plan_of(False, query, key, value, (strides_q, strides_k, strides_v), layout, rule, wants_lse)
         if query is operands[0] and key is operands[1] and value is operands[2]:
-            if len(_ready) >= _MOST_KNOWN:
-                _ready.clear()
-            _ready[kind] = plan
+            _keep_ready(kind, plan)
     stream = _compat_operators.current_stream_pointer(index)
     places = place_once(plan, layout, stream)
     results = (out.data_ptr(),) if lse is None else (out.data_ptr(), lse.data_ptr())
@@ -212,8 +210,18 @@ def backward_into(
         backward_into(grads, grad_out, out, lse, rng_state, query, key, value, layout, rule)
         grads[0].mul_(sign)
         return None
-    packed, out, rng_state = _packed(layout), out.contiguous(), rng_state.contiguous()
+    packed, out, rng_state, kind = _packed(layout), out.contiguous(), rng_state.contiguous(), None
+    if packed and layout.lse_by_row and lse.is_contiguous():
+        at_q, at_k, at_v = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        at_g, at_lse = grad_out.data_ptr(), lse.data_ptr()
+        if not (at_q | at_k | at_v | at_g | at_lse) & 15:
+            kind = _kind_of_backward(grads, grad_out, query, key, value, layout, rule, index)
+            if (ready := _ready.get(kind)) is not None:
+                at_grads = grads[0].data_ptr(), grads[1].data_ptr(), grads[2].data_ptr()
+                operands = (at_q, at_k, at_v, out.data_ptr(), at_lse, at_g, *at_grads)
+                return _backward_in_one_launch(ready, operands, query, rng_state, layout, rule, index)
     layout = layout if packed else contiguous(layout)
+    given = query, key, value, grad_out
     query, strides_q, at_q = _readable(query)
     key, strides_k, at_k = _readable(key)
     value, strides_v, at_v = _readable(value)
@@ -225,18 +233,51 @@ def backward_into(
     of_grads = (grad_query.stride(0), dim, 1), (grad_key.stride(0), dim, 1), (grad_value.stride(0), dim_v, 1)
     strides = (strides_q, strides_k, strides_v, strides_g, *of_grads)
     plan = plan_of(True, query, key, value, strides, layout, rule)
-    stream = _compat_operators.current_stream_pointer(index)
     if packed and layout.lse_by_row and lse.is_contiguous() and not lse.data_ptr() & 15:
-        places, memory = place_once(plan, layout, stream), workspace(plan, query)
-        at_lse, at_workspace = lse.data_ptr(), memory.data_ptr()
-    else:
-        places = place_backward(plan, layout, (lse.t() if layout.lse_by_row else lse).contiguous(), stream)
-        at_lse, at_workspace = places.stats, places.workspace
-    operands = (at_q, at_k, at_v, out.data_ptr(), at_lse, at_g, *at_grads)
-    plan.run(index, stream, (*operands, *places.pointers, *_random_pointers(rng_state, layout, rule)), at_workspace)
+        if kind is not None and all(x is as_given for x, as_given in zip((query, key, value, grad_out), given)):
+            _keep_ready(kind, plan)
+        operands = (at_q, at_k, at_v, out.data_ptr(), lse.data_ptr(), at_g, *at_grads)
+        return _backward_in_one_launch(plan, operands, query, rng_state, layout, rule, index)
+    stream = _compat_operators.current_stream_pointer(index)
+    places = place_backward(plan, layout, (lse.t() if layout.lse_by_row else lse).contiguous(), stream)
+    operands = (at_q, at_k, at_v, out.data_ptr(), places.stats, at_g, *at_grads)
+    random = _random_pointers(rng_state, layout, rule)
+    plan.run(index, stream, (*operands, *places.pointers, *random), places.workspace)
     if not (plan.key.square and layout.tails_unread):
         finish_backward(plan, layout, grads)
     return None
+
+
+def _backward_in_one_launch(
+    plan: Plan, operands: tuple[int, ...], query: Tensor, rng_state: Tensor, layout: Layout, rule: Rule, index: int
+) -> None:
+    """A backward in a packed graph, which reads lse as cuDNN wrote it, on the current device; ``operands`` are addresses."""
+    stream = _compat_operators.current_stream_pointer(index)
+    places, memory = place_once(plan, layout, stream), workspace(plan, query)
+    random = _random_pointers(rng_state, layout, rule)
+    plan.run(index, stream, (*operands, *places.pointers, *random), memory.data_ptr())
+
+
+def _kind_of_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: Rule,
+    index: int,
+) -> tuple[object, ...]:
+    """All that the plan of a backward in a packed graph depends on, where operands are read as they come."""
+    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride(), *[x.stride() for x in grads])
+    sizes = (query.shape, value.shape, layout.cu_seq_q.numel())  # which tell key's
+    return (True, index, query.dtype, sizes, strides, rule, layout.max_q, layout.max_k)
+
+
+def _keep_ready(kind: tuple[object, ...], plan: Plan) -> None:
+    if len(_ready) >= _MOST_KNOWN:
+        _ready.clear()
+    _ready[kind] = plan
 
 
 def _alone(

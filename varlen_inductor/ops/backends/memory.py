@@ -22,6 +22,8 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
     if len(size) == 3:  # most are; the loop takes longer
         _, rows, columns = size
         return _allocate(size, ((rows or 1) * (columns or 1), columns or 1, 1), dtype)
+    if len(size) == 1:
+        return _allocate(size, (1,), dtype)
     step, strides = 1, []
     for n in reversed(size):
         strides.append(step)
