@@ -72,6 +72,7 @@ class PackedProgram:
         inner: InnerCompiler,
         dynamic: bool | None,
     ) -> None:
+        self._ignored = _leave_labels_to_the_kernel(plan, domains)
         _leave_comparisons_to_the_kernel(plan, domains)
         self._plans_inputs = _drop_unused_inputs(plan)
         # The generated function itself: calling the module costs several times as much, on the way of every step.
@@ -156,6 +157,10 @@ class PackedProgram:
         """
         outcome = self.plan(*[args[i] for i in self._plans_inputs])
         masks, flags = outcome[: self.domains], outcome[self.domains :]
+        labels = None
+        if self._ignored is not None:
+            *flags, given = flags
+            labels = (given, self._ignored)
         positions = sum(mask.numel() for mask in masks)
         if positions < self.min_positions:
             self.too_small = not self.varying  # where no size can change, there is nothing to look at again
@@ -163,7 +168,7 @@ class PackedProgram:
         if _records_users_graph(mask.device for mask in masks):
             # Nothing can be found out now, and its replays would write into a number of somebody else's.
             return None
-        pending = _Pending(masks, flags, self.round_tokens, positions, self.longest_first)
+        pending = _Pending(masks, flags, self.round_tokens, positions, self.longest_first, labels)
         if looks_back and masks[0].device.type in LOOKS_BACK_ON and not self._worth_it_before(pending):
             return None
         return pending
@@ -226,6 +231,7 @@ class _Pending:
             with no valid token, the padded graph runs.
         positions: how many there are in all domains.
         longest_first: how to lay the sequences.
+        labels: those of the first domain, and the one that counts for nothing: all padded positions must have that.
     """
 
     def __init__(
@@ -235,14 +241,14 @@ class _Pending:
         round_tokens: int,
         positions: int,
         longest_first: bool,
+        labels: tuple[Tensor, int] | None = None,
     ) -> None:
         self.positions = positions
         self._on_host = all(map(plan_kernels.available, masks))
         flag = functools.reduce(operator.mul, flags).to(masks[0].device) if flags else None
-        self.plans = [
-            packing.PendingPlan(mask, round_tokens, self._on_host, flag if i == 0 else None, longest_first)
-            for i, mask in enumerate(masks)
-        ]
+        first, *others = masks
+        self.plans = [packing.PendingPlan(first, round_tokens, self._on_host, flag, longest_first, labels)]
+        self.plans += [packing.PendingPlan(mask, round_tokens, self._on_host, None, longest_first) for mask in others]
 
     def counts(self) -> list[int]:
         """The valid positions of each domain; waits for the device, once. To be called once."""
@@ -258,6 +264,39 @@ def _records_users_graph(devices: Iterable[torch.device]) -> bool:
     That is a graph of the user's own: while Inductor records one of its graphs, it calls compiled code, and never the plan.
     """
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+
+
+def _leave_labels_to_the_kernel(plan: fx.GraphModule, domains: int) -> int | None:
+    """One fact that says of the first domain's labels what padded positions must have is given as these labels, the last result.
+
+    So nothing has to be launched for it. Returns what they must have there; ``None`` if there is no such fact.
+    """
+    (output,) = (n for n in plan.graph.nodes if n.op == "output")
+    results = list(output.args[0])
+    for i, fact in enumerate(results[domains:], start=domains):
+        found = _labels_of(fact, results[0])
+        if found is not None:
+            labels, ignored = found
+            output.args = ((*results[:i], *results[i + 1 :], labels),)
+            plan.graph.eliminate_dead_code()
+            plan.recompile()
+            return ignored
+    return None
+
+
+def _labels_of(fact: Any, mask: Any) -> tuple[fx.Node, int] | None:
+    """Of ``all(logical_or(labels == ignored, mask.reshape(-1)))``, as `patterns.facts` writes it, the labels and ``ignored``."""
+    aten = torch.ops.aten
+    if fact.target is not aten.all.default or fact.args[0].target is not aten.logical_or.default:
+        return None
+    equal, valid = fact.args[0].args
+    if equal.target is not aten.eq.Scalar or valid.target is not aten.reshape.default or valid.args != (mask, [-1]):
+        return None
+    labels, ignored = equal.args
+    if not isinstance(ignored, int):
+        return None
+    flat = labels.op == "call_function" and labels.target is aten.reshape.default and list(labels.args[1]) == [-1]
+    return labels.args[0] if flat else labels, ignored
 
 
 def _leave_comparisons_to_the_kernel(plan: fx.GraphModule, masks: int) -> None:

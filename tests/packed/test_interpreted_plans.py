@@ -25,9 +25,9 @@ def compare() -> None:
     orders: list[bool] = []
     plan = plan_kernels.plan
 
-    def spy(mask: Tensor, round_to: int, on_host: Any, flag: Any, longest_first: bool) -> tuple[Any, ...]:
+    def spy(mask: Tensor, round_to: int, on_host: Any, flag: Any, longest_first: bool, labels: Any) -> tuple[Any, ...]:
         orders.append(longest_first)
-        return plan(mask, round_to, on_host, flag, longest_first)
+        return plan(mask, round_to, on_host, flag, longest_first, labels)
 
     with mock.patch.multiple(plan_kernels, available=lambda mask: mask.numel() > 0, plan=spy):
         for train in (True, False):

@@ -10,6 +10,8 @@ import torch
 from packed_models import LENGTHS, VOCABULARY, B, Blocks, S, compare_with_eager, feature_batch, token_batch, with_labels
 from torch import Tensor, nn
 
+from varlen_inductor import runtime
+
 transformers = pytest.importorskip("transformers")
 
 LAYERS = 2
@@ -168,6 +170,18 @@ def test_modernbert_with_holes_runs_padded() -> None:
     batches[1]["attention_mask"][0, 3:6] = 0
     batches[1]["labels"][0, 3:6] = -100
     compare_with_eager(modernbert(), batches, packed_steps=1)
+
+
+def test_a_label_at_padding_runs_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the loss. Nothing is computed of the labels to find that out but what counts the tokens."""
+    plans: list[torch.fx.GraphModule] = []
+    drop = runtime._drop_unused_inputs
+    monkeypatch.setattr(runtime, "_drop_unused_inputs", lambda plan: (plans.append(plan), drop(plan))[1])
+    batches = labelled_batches(3) * 2
+    batches[-1] = {**batches[-1], "labels": batches[-1]["labels"].clone()}
+    batches[-1]["labels"][batches[-1]["attention_mask"] == 0] = 2
+    compare_with_eager(bert("BertForTokenClassification", num_labels=3), batches, packed_steps=len(batches) - 1)
+    assert [node.op for node in plans[0].graph.nodes] == ["placeholder", "placeholder", "output"]
 
 
 # --- decoders ----------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,8 @@ class PendingPlan:
         on_host: the kernel is to give the host the number of valid positions (only where ``plan_kernels.available``).
         flag: one number; where it is zero, the number of valid positions counts as 0.
         longest_first: whether the longest sequences come first.
+        labels: as many as there are positions, in their order, and the label that counts for nothing; where another stands at a
+            position that is not valid, the number of valid positions counts as 0.
 
     ``count`` is the number of valid positions: (1,) int64 on the device of the mask, or what the kernel gives the host.
     """
@@ -137,15 +139,20 @@ class PendingPlan:
         on_host: bool = False,
         flag: Tensor | None = None,
         longest_first: bool = False,
+        labels: tuple[Tensor, int] | None = None,
     ) -> None:
         self.round_to = round_to
         self.longest_first = longest_first
         self.mask = mask
+        by_kernel = plan_kernels.available(mask)
+        if labels is not None and not (by_kernel and plan_kernels.reads_labels(mask, labels[0])):
+            agree = ((labels[0].reshape(-1) == labels[1]) | (mask.reshape(-1) != 0)).all()
+            flag, labels = agree if flag is None else flag * agree, None
         self._early: tuple[Tensor, Tensor, Tensor] | None = None
         self.count: Tensor | HostNumber
-        if plan_kernels.available(mask):
+        if by_kernel:
             number = host_number.take() if on_host else None
-            *early, count = plan_kernels.plan(mask, round_to, number, flag, longest_first)
+            *early, count = plan_kernels.plan(mask, round_to, number, flag, longest_first, labels)
             self._early = tuple(early)  # type: ignore[assignment]
             self.count = number or count  # type: ignore[assignment]
         else:

@@ -33,12 +33,19 @@ def available(mask: Tensor) -> bool:
     return triton is not None and mask.is_cuda and 0 < mask.shape[0] <= _MOST_ROWS and 0 < mask.numel() <= _MOST_POSITIONS
 
 
+def reads_labels(mask: Tensor, labels: Tensor) -> bool:
+    """Whether the kernels for this mask, which are `available`, can look at these labels on the way."""
+    one_by_one = labels.numel() == mask.numel() and labels.is_contiguous() and labels.device == mask.device
+    return one_by_one and labels.dtype in (torch.int32, torch.int64) and mask.shape[0] * mask.numel() <= _MOST_READ
+
+
 def plan(
     mask: Tensor,
     round_to: int,
     on_host: HostNumber | None = None,
     flag: Tensor | None = None,
     longest_first: bool = False,
+    labels: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``index`` (B*S,), ``inverse`` (B*S,), ``cu_seqlens`` and the number of valid positions (1,), all on the device.
 
@@ -49,6 +56,8 @@ def plan(
         on_host: gets the number of valid positions; the last result is then ``None``.
         flag: one number of any dtype; where it is zero, the number of valid positions is given as 0. The rest is as without.
         longest_first: in which order the sequences come; those of one length come as in ``mask``, as all do otherwise.
+        labels: one for each position, in their order, and the label that counts for nothing; where any other stands at a position
+            that is not valid, the number of valid positions is given as 0. (Only if `reads_labels`.)
     """
     batch, length = mask.shape
     mask = mask.contiguous()
@@ -64,20 +73,24 @@ def plan(
     rows = cu_seqlens if alone else mask.new_empty((2, batch), dtype=torch.int32)  # what is given in its place is not read
     given = mask if flag is None else flag
     device, at, count_at, flag_at = mask.get_device(), mask.data_ptr(), count.data_ptr(), given.data_ptr()
-    kinds = (mask.dtype, at % 16, count_at % 16, given.dtype, flag_at % 16, flag is None, longest_first)
+    looked_at, ignored = (mask, 0) if labels is None else labels
+    labels_at = looked_at.data_ptr()
+    kinds: tuple[object, ...] = (mask.dtype, at % 16, count_at % 16, given.dtype, flag_at % 16, flag is None, longest_first)
+    if labels is not None:
+        kinds = (*kinds, looked_at.dtype, labels_at % 16, ignored)
     key = (device, kinds, batch, length, round_to, alone)
     grid = (batch, 1, 1)
     if not alone:
         _launch_count(grid, key, mask, rows, length, batch, _BLOCK)
-    options = (round_to != 0, alone, flag is not None, longest_first)
+    options = (round_to != 0, alone, flag is not None, longest_first, labels is not None, ignored)
     numbers = (length, batch, round_to, _BLOCK, 1 << (batch - 1).bit_length(), *options)
     stream = stream_of(device)
     if stream is not None:
         # Until this is launched the host has nothing else to do: addresses are given, about which Triton asks nothing.
-        made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at, flag_at)
+        made_at = (index.data_ptr(), inverse.data_ptr(), cu_seqlens.data_ptr(), count_at, flag_at, labels_at)
         if _launch_fill.again(grid, key, stream, at, rows.data_ptr(), *made_at, *numbers):
             return index, inverse, cu_seqlens, made
-    _launch_fill(grid, key, mask, rows, index, inverse, cu_seqlens, count, given, *numbers)
+    _launch_fill(grid, key, mask, rows, index, inverse, cu_seqlens, count, given, looked_at, *numbers)
     return index, inverse, cu_seqlens, made
 
 
@@ -129,6 +142,7 @@ if triton is not None:
         cu_seqlens,
         count,
         flag,
+        labels,
         length,
         batch,
         round_to,
@@ -138,6 +152,8 @@ if triton is not None:
         ALONE: tl.constexpr,
         FLAGGED: tl.constexpr,
         LONGEST_FIRST: tl.constexpr,
+        LABELED: tl.constexpr,
+        IGNORED: tl.constexpr,
     ):
         b = tl.program_id(0)
         if ALONE:
@@ -157,8 +173,19 @@ if triton is not None:
         tl.store(cu_seqlens + place_of_row + 1, before + own)
         if b == 0:
             tl.store(cu_seqlens, 0)
-            holds = tl.load(flag) != 0 if FLAGGED else True
-            tl.store(count, tl.where(holds, total, 0).to(tl.int64))
+            found = total
+            if FLAGGED:
+                found = tl.where(tl.load(flag) != 0, found, 0)
+            if LABELED:
+                SPAN: tl.constexpr = 4 * BLOCK
+                wrong = tl.zeros((SPAN,), tl.int32)
+                for start in range(0, positions, SPAN):
+                    at = start + tl.arange(0, SPAN)
+                    label = tl.load(labels + at, mask=at < positions, other=IGNORED)
+                    padded = tl.load(mask + at, mask=at < positions, other=0) == 0
+                    wrong |= ((label != IGNORED) & padded).to(tl.int32)
+                found = tl.where(tl.max(wrong, 0) == 0, found, 0)
+            tl.store(count, found.to(tl.int64))
             if ROUND:
                 tl.store(cu_seqlens + batch + 1, (total // round_to + 1) * round_to)
         hole = tl.where(total > 0, -1, -1 - positions)  # of which row a padded position may hold a copy

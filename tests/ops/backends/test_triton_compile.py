@@ -41,6 +41,7 @@ PLAN_TYPES = {
     **dict.fromkeys(("mask", "index", "inverse", "count"), "*i64"),
     **dict.fromkeys(("rows", "cu_seqlens"), "*i32"),
     "flag": "*i1",
+    "labels": "*i64",
 }
 
 
@@ -183,6 +184,7 @@ def test_what_is_around_them() -> None:
 @pytest.mark.parametrize("batch", [1, 32, plan_kernels._MOST_ROWS])
 def test_plan(alone: bool, longest_first: bool, batch: int) -> None:
     options = {"ROUND": True, "ALONE": alone, "FLAGGED": not alone, "LONGEST_FIRST": longest_first}
+    options |= {"LABELED": alone, "IGNORED": -100 if alone else 0}
     compiled(plan_kernels._fill, {"BLOCK": plan_kernels._BLOCK, "BATCH": batch, **options}, "bf16", 90, PLAN_TYPES)
     compiled(plan_kernels._count_rows, {"BLOCK": plan_kernels._BLOCK}, "bf16", 90, PLAN_TYPES)
 
