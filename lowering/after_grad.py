@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import fx
 
 from varlen_inductor import config
-from varlen_inductor.lowering.drawn_seeds import read_seeds_in_place
+from varlen_inductor.lowering.drawn_seeds import keep_seeds, read_seeds_in_place
 from varlen_inductor.lowering.joined_gradients import join_gradients
 from varlen_inductor.lowering.joined_products import join_products
 from varlen_inductor.lowering.row_sums import split_row_sums
@@ -28,7 +28,7 @@ PASSES = (
     add_up_in_single,
     shorten_erf,
 )
-JOINT_PASSES = (read_seeds_in_place,)
+JOINT_PASSES = (read_seeds_in_place, keep_seeds)
 
 
 def rewrite(graph: fx.Graph, passes: tuple[Callable[[fx.Graph], int], ...]) -> None:

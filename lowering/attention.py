@@ -14,6 +14,8 @@ seeds of its dropout, and in a packed graph leaves lse as it writes it. Where no
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +29,21 @@ from varlen_inductor.ops.backends import aten_flash, choose, fallback
 from varlen_inductor.ops.backends.base import Backend
 from varlen_inductor.ops.problem import Layout, Problem, Rule
 
+_DRAWN_AGAIN = (
+    "varlen_attn drops weights in a graph that is compiled with an activation_memory_budget below 1, or with "
+    "aggressive_recomputation. AOTAutograd may compute it again in the backward, where other weights are dropped: gradients are "
+    "then wrong, as those of any dropout in such a graph. Compile with a budget of 1, or without dropout. On CUDA a budget above 0 "
+    'is good, too, with backend="varlen_inductor" and without fallback_random.'
+)
+
+_log = logging.getLogger("varlen_inductor")
 _ops = torch.ops.varlen_inductor
 _aten = torch.ops.aten
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
 
 
 def _direct(
@@ -127,9 +142,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
             changed["lse_by_row"] = True
         if rule.dropout_p > 0.0 and chosen and kernels != chosen[0].name:
             changed["kernels"] = chosen[0].name  # as the backward will have it
-        if layout.seeds is None and _by_seeds(chosen, layout, rule) and not _compat_inductor.may_compute_random_numbers_again():
+        ours = inductor_pass.has_passes()
+        if layout.seeds is None and _by_seeds(chosen, layout, rule) and _compat_inductor.keeps_seeds(ours):
             # Inductor draws the seeds of a graph at once, and keeps them for what is computed again.
-            changed["seeds"] = _compat_inductor.two_seeds(query.device, inductor_pass.has_passes())
+            changed["seeds"] = _compat_inductor.two_seeds(query.device, ours)
     if changed:
         out, lse, rng_state = _ops.varlen_attn.default(query, key, value, *args, **{**options, **changed})
         # The backward turns it again, and nothing is left of that: what is kept is contiguous, as some hooks on saved tensors want.
@@ -141,8 +157,12 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
         if ahead_of_time:
             return ahead.attention(query, key, value, layout, rule)
         if rule.dropout_p > 0.0 and layout.seeds is None:
+            if _compat_inductor.may_compute_random_numbers_again():
+                _warn_once(_DRAWN_AGAIN)
             return NotImplemented
         return *_ops.varlen_attn_drawn.default(query, key, value, *args, **options), _nothing_drawn(query.device)
+    if rule.dropout_p > 0.0 and _compat_inductor.computes_all_again():  # else it is not computed again
+        _warn_once(_DRAWN_AGAIN)
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),
         _aligned(key),

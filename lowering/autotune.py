@@ -64,7 +64,7 @@ def ranking(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if not _compat_inductor.inductor_setting("max_autotune") or layout.block_table is not None:
         return None  # keys in pages are for decoding, whose lengths nothing here tells
     # Forward and backward must have one answer, which both find only to the same question.
-    layout = layout._replace(seeds_at=0, seeds=None)
+    layout = layout._replace(seeds=None)
     problem = Problem.of(query, key, value, layout, rule)
     candidates = _candidates(problem, kernels, backward)
     if len(candidates) < 2:
@@ -157,7 +157,7 @@ def _runner(
     seeds = None
     if backend.takes_seeds and rule.dropout_p > 0.0:
         seeds = torch.randint(0, 2**31, (2,), device=query.device)  # which the kernel need not draw in a graph
-        layout = layout._replace(seeds=seeds)
+    layout = layout._replace(seeds_at=0, seeds=seeds)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
         out, lse, rng_state = backend.forward(query, key, value, layout, rule)

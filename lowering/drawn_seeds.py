@@ -32,6 +32,16 @@ _PLACES: dict[Any, str] = {
 }
 
 
+def keep_seeds(graph: fx.Graph) -> int:
+    """Where AOTAutograd may draw numbers again, see to it that it does not; in how many places."""
+    if not _compat_inductor.may_compute_random_numbers_again():
+        return 0
+    drawn = graph.find_nodes(op="call_function", target=_compat_inductor.draws_seeds())
+    for node in drawn:
+        _compat_inductor.keep(node)
+    return len(drawn)
+
+
 def read_seeds_in_place(graph: fx.Graph) -> int:
     """Rewrite ``graph`` in place, one whose nodes have fake tensors; the number of pairs that were found."""
     found = 0

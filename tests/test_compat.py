@@ -344,6 +344,17 @@ def test_launches_of_generated_kernels() -> None:
     for setting in ({"activation_memory_budget": 0.5}, {"aggressive_recomputation": True}):
         with torch._functorch.config.patch(setting):
             assert _compat_inductor.may_compute_random_numbers_again()
+            assert [_compat_inductor.keeps_seeds(ours) for ours in (False, True)] == [False, True]
+            assert not _compat_inductor.computes_all_again()
+            with torch._inductor.config.patch(fallback_random=True):
+                assert not _compat_inductor.keeps_seeds(True)
+    with torch._functorch.config.patch(activation_memory_budget=0.0):
+        assert _compat_inductor.computes_all_again()
+        assert not _compat_inductor.keeps_seeds(True)
+    assert _compat_inductor.keeps_seeds(False)
+    node = torch.fx.Graph().call_function(_compat_inductor.draws_seeds(), (2, torch.device("cpu")))
+    _compat_inductor.keep(node)
+    assert node.meta["recompute"] == torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
     quick = hasattr(CachingAutotuner, "_build_fast_launcher")
     assert quick or callable(CachingAutotuner.is_statically_launchable)
     assert callable(CachingAutotuner.run)

@@ -234,13 +234,42 @@ def two_seeds(device: torch.device, with_our_passes: bool) -> torch.Tensor:
 
 
 def may_compute_random_numbers_again() -> bool:
-    """Whether AOTAutograd may draw seeds again in a backward: under these settings it does not spare ``inductor_seeds``.
+    """Whether AOTAutograd may draw numbers again in a backward, and other ones: under these settings it does not spare what draws.
 
-    Read in 2.11, 2.13.
+    So it does with dropout of any graph. Read in 2.11, 2.13.
     """
     from torch._functorch import config
 
     return getattr(config, "activation_memory_budget", 1.0) != 1.0 or getattr(config, "aggressive_recomputation", False)
+
+
+def keeps_seeds(with_our_passes: bool) -> bool:
+    """Whether the numbers of `two_seeds` are drawn once, for a backward, too.
+
+    Under the settings above only where `keep` says so of what draws them, and never if all is to be computed again.
+    """
+    if not may_compute_random_numbers_again():
+        return True
+    return with_our_passes and not computes_all_again() and not inductor_setting("fallback_random")
+
+
+def computes_all_again() -> bool:
+    """Whether AOTAutograd saves nothing but the inputs of a graph. Read in 2.11, 2.13."""
+    from torch._functorch import config
+
+    return getattr(config, "activation_memory_budget", 1.0) == 0.0
+
+
+def draws_seeds() -> Any:
+    """``inductor_seeds(count, device)``, which draws all numbers of a graph. Read in 2.11, 2.13."""
+    return torch.ops.prims.inductor_seeds.default
+
+
+def keep(node: Any) -> None:
+    """Let AOTAutograd save the tensor that ``node`` of a joint graph gives, and not compute it again. Read in 2.11, 2.13."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def seed_lookup() -> Any:

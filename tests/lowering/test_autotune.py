@@ -125,6 +125,7 @@ def test_who_takes_seeds_is_timed_with_them(dropout_p: float) -> None:
     given: list[Any] = []
 
     def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        assert layout.seeds_at == 0
         given.append(layout.seeds)
         return query, query, torch.empty(0, dtype=torch.uint64)
 
@@ -135,7 +136,7 @@ def test_who_takes_seeds_is_timed_with_them(dropout_p: float) -> None:
     for takes_seeds in (False, True):
         backend = dataclasses.replace(cpu.BACKEND, forward=forward, backward=backward, takes_seeds=takes_seeds)
         given.clear()
-        autotune._runner(backend, (x, x, x), Layout(ends, ends, 4, 4), Rule(1.0, dropout_p=dropout_p), "both", x)()
+        autotune._runner(backend, (x, x, x), Layout(ends, ends, 4, 4, seeds_at=4), Rule(1.0, dropout_p=dropout_p), "both", x)()
         first, second, numbers = given
         if takes_seeds and dropout_p:
             assert first is second is numbers

@@ -468,17 +468,53 @@ def test_seeds_differ_with_another_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({number for pair in drawn for number in pair}) == 4
 
 
-@pytest.mark.parametrize("budget", [0.5, pytest.param(0.0, marks=pytest.mark.thorough)])
-def test_seeds_are_not_drawn_where_they_may_be_drawn_again(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_memory_budget": 0.5},
+        pytest.param({"activation_memory_budget": 0.01}, marks=pytest.mark.thorough),
+        pytest.param({"aggressive_recomputation": True}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_seeds_are_kept_where_numbers_may_be_drawn_again(
+    recompute: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other dropout, too, which PyTorch by itself draws again, and others."""
     monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    backends.choose.cache_clear()
+    x, valid = padded_batch()
+    anchor = torch.randn_like(x)
+    x.requires_grad_()
+    compiled = torch.compile(Mixing(recompute), backend="varlen_inductor", options={"varlen.round_tokens": 4})
+    with torch._inductor.config.patch(force_disable_caches=True), torch._functorch.config.patch(settings):
+        y = compiled(x, anchor, valid)
+        cotangent = torch.randn_like(y) * valid[..., None]
+        (grad,) = torch.autograd.grad(y, x, cotangent)
+    assert torch.allclose((y * cotangent).sum(), (grad * x).sum(), rtol=1e-4)
+    assert len(drawn) == 4, "both are computed again"
+    assert len(set(map(tuple, drawn))) == 2
+
+
+@pytest.mark.parametrize("settings", [{"activation_memory_budget": 0.0}, {"activation_memory_budget": 0.5}], ids=str)
+def test_where_dropout_is_wrong_it_is_said(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be kept, or the numbers are drawn by the kernel or by PyTorch."""
+    monkeypatch.setattr(backends, "BACKENDS", (AS_TOLD, OTHER))
+    monkeypatch.setattr(attention, "_warn_once", attention._warn_once.__wrapped__)
     backends.choose.cache_clear()
     x, valid = padded_batch()
     x.requires_grad_()
     compiled = torch.compile(Mixing(recompute=False), backend="varlen_inductor", options={"varlen.round_tokens": 4})
-    with torch._inductor.config.patch(force_disable_caches=True), torch._functorch.config.patch(activation_memory_budget=budget):
+    fallback_random = settings["activation_memory_budget"] > 0.0
+    inductor = torch._inductor.config.patch(force_disable_caches=True, fallback_random=fallback_random)
+    with inductor, torch._functorch.config.patch(settings), caplog.at_level("WARNING", "varlen_inductor"):
         _step(compiled, x, torch.randn_like(x), valid)
     assert drawn == []
     assert seen
+    assert "gradients are then wrong" in caplog.text
 
 
 def test_a_symbol_decides_nothing_with_dropout() -> None:
@@ -545,6 +581,10 @@ def test_numbers_go_to_kernels_that_take_them(monkeypatch: pytest.MonkeyPatch) -
             operators.varlen_attn(*case.operands, **case.options, seeds=seeds, seeds_at=seeds_at)
     with pytest.raises(ValueError, match="seeds_at is 2 and no seeds are given"):
         operators.varlen_attn(*case.operands, **case.options, seeds_at=2)
+    for backward in (operators.varlen_attn_backward, torch.ops.varlen_inductor.varlen_attn_backward_joined):
+        for state, reason in ((numbers, "two entries from there on"), (numbers.view(torch.uint64), "no seeds are given")):
+            with pytest.raises(ValueError, match=reason):
+                backward(out, None, out, lse, state, *case.operands, **case.options, seeds_at=1)
 
 
 def test_it_is_asked_for_where_only_a_backward_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

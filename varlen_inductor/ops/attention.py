@@ -56,7 +56,7 @@ from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import backward_by, forward_by, with_lse_as_asked
 from varlen_inductor.ops.pages import gather_pages
 from varlen_inductor.ops.problem import UNBOUNDED, Layout, Problem, Rule, lse_dtype
-from varlen_inductor.ops.validate import check_lengths, check_operands
+from varlen_inductor.ops.validate import check_lengths, check_operands, check_seeds
 
 OPTIONS = (
     "*, float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float dropout_p=0.0, Tensor? seqused_k=None, "
@@ -161,6 +161,7 @@ def _backward(
     layout, rule, kernels = split_arguments(query, *args, **options)
     kernels = default_kernels() if kernels is None else kernels
     layout = drawn_from(rng_state, layout)
+    check_seeds(layout.seeds, layout.seeds_at, query.device)
     return run_backward(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 

@@ -32,6 +32,7 @@ from varlen_inductor.ops.backends import choose, fallback
 from varlen_inductor.ops.backends.base import Backend, lse_for
 from varlen_inductor.ops.backends.memory import empty
 from varlen_inductor.ops.problem import Layout, Problem, Rule
+from varlen_inductor.ops.validate import check_seeds
 
 LIBRARY.define(
     "varlen_attn_backward_joined(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor rng_state, "
@@ -133,6 +134,7 @@ def _backward(
     layout, rule, kernels = split_arguments(query, *args, **options)
     _check_rows(query, key)
     kernels, layout = default_kernels() if kernels is None else kernels, drawn_from(rng_state, layout)
+    check_seeds(layout.seeds, layout.seeds_at, query.device)
     return run_backward_joined(grad_out, grad_lse, out, lse, rng_state, query, key, value, layout, rule, kernels)
 
 

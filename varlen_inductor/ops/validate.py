@@ -43,8 +43,7 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
         raise ValueError(f"window_size is ({window_left}, {window_right}); each side must be a number of keys, or -1 for no limit")
     if seqused_k is not None:
         _check_vector("seqused_k", seqused_k, cu_seq_q.shape[0] - 1, "sequence", (torch.int32,), device)
-    if seeds is not None or seeds_at:
-        _check_seeds(seeds, seeds_at, device)
+    check_seeds(seeds, seeds_at, device)
     if block_table is not None:
         _check_pages(block_table, layout, device)
     if (position_q is None) != (position_k is None):
@@ -131,7 +130,10 @@ def _check_vector(name: str, x: Tensor, length: int, per: str, dtypes: tuple[tor
     _check_device(name, x, device)
 
 
-def _check_seeds(seeds: Tensor | None, seeds_at: int, device: torch.device) -> None:
+def check_seeds(seeds: Tensor | None, seeds_at: int, device: torch.device) -> None:
+    """Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a place where there are no two random numbers."""
+    if seeds is None and not seeds_at:
+        return
     if seeds is None:
         raise ValueError(f"seeds_at is {seeds_at} and no seeds are given; it says where in them two random numbers are")
     if seeds.dtype != torch.int64:
