@@ -1,6 +1,7 @@
 """A whole encoder over a padded batch: plain `torch.compile`, our flag, packing by hand, and the limit.
 
-    python benchmarks/model.py [--device cuda|cpu] [--config NAME ...] [--mode default|reduce-overhead] [--output FOLDER]
+    python benchmarks/model.py [--device cuda|cpu] [--config NAME ...] [--mode default|reduce-overhead]
+                               [--phase forward|forward+backward] [--output FOLDER]
 
 ``wall_ms`` is a step with the device idle before and after it, ``queued_ms`` one of many that are enqueued one after another, as
 in training. ``difference`` is how far results at valid positions are from those of plain `torch.compile`, relative to their norm.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,7 @@ def gpu_busy_ms(step: Callable[[], None]) -> float | None:
     return sum(e.self_device_time_total for e in profile.key_averages()) / 1e3
 
 
-def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int) -> list[dict[str, Any]]:
+def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int, phases: Sequence[str]) -> list[dict[str, Any]]:
     """Every time first, then what a profiler says: once there was one in a process, its launches take longer."""
     from varlen_inductor import report
 
@@ -231,7 +232,7 @@ def run(config: Config, device: str, dtype: torch.dtype, mode: str, repeat: int)
     density = float(mask.float().mean())
     rows: list[dict[str, Any]] = []
     to_profile: list[tuple[str, dict[str, Any], Callable[[], None]]] = []
-    for phase in PHASES:
+    for phase in phases:
         model.train(phase != "forward")
         compiled = programs(config, model, device, mode)
         todo: dict[str, Callable[[], None]] = {}
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--config", nargs="*", default=None, help="names of configurations; all by default")
     parser.add_argument("--mode", nargs="*", default=["default"], choices=("default", "reduce-overhead"))
+    parser.add_argument("--phase", nargs="*", default=PHASES, choices=PHASES)
     parser.add_argument("--repeat", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
@@ -304,7 +306,7 @@ def main() -> None:
     for mode in options.mode:
         for config in CONFIGS[options.device]:
             if options.config is None or config.name in options.config:
-                found = in_a_process(config, options.device, dtype, mode, repeat)
+                found = in_a_process(config, options.device, dtype, mode, repeat, options.phase)
                 show(found)
                 rows += found
                 # So far, for long runs that are cut off.
