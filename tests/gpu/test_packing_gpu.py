@@ -39,3 +39,22 @@ def test_kernels_agree_with_operators(
                 index_wanted, *expected_plan = packing.plan_packed(mask, rows + extra, longest_first)
                 assert torch.equal(index[:count].cpu(), index_wanted[:count]) and mask.view(-1)[index.cpu()].all()
                 assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected_plan))
+
+
+@pytest.mark.parametrize("shape", [(32, 512), (8, 2048), (1, 7), (600, 1030), (2000, 3)], ids=str)
+def test_labels_are_looked_at_on_the_way(shape: tuple[int, int]) -> None:
+    """One label at a padded position, wherever it is, makes the count 0, also where an operator has to look."""
+    mask = torch.rand(shape, device="cuda") < 0.7
+    mask[0, 0], mask[-1, -1] = True, False
+    padded = (~mask).flatten().nonzero().flatten()
+    count = int(mask.sum())
+    for dtype, ignored in ((torch.int64, -100), (torch.int32, -100), (torch.int64, 0), (torch.int64, 1), (torch.int16, -100)):
+        right = torch.where(mask, torch.randint(2, 2**14, shape, device="cuda", dtype=dtype), ignored)
+        for given, wanted in ((right, count), (right.repeat_interleave(2, 1)[:, ::2], count), *[(right, 0)] * 3):
+            if wanted == 0:
+                given = right.clone()
+                given.view(-1)[padded[torch.randint(padded.numel(), ())]] = 3
+            for flag in (None, torch.ones(1, device="cuda"), torch.tensor(False, device="cuda")):
+                for each in (mask, mask.long() * 2):
+                    pending = packing.PendingPlan(each, 16, True, flag, True, (given, ignored))
+                    assert pending.count.wait(mask.device) == (0 if flag is not None and not flag else wanted)  # type: ignore[union-attr]
