@@ -14,6 +14,7 @@ seeds of its dropout, and in a packed graph leaves lse as it writes it. Where no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ _DRAWN_AGAIN = (
     "varlen_attn drops weights in a graph that is compiled with an activation_memory_budget below 1, or with "
     "aggressive_recomputation. AOTAutograd may compute it again in the backward, where other weights are dropped: gradients are "
     "then wrong, as those of any dropout in such a graph. Compile with a budget of 1, or without dropout. On CUDA a budget above 0 "
-    'is good, too, with backend="varlen_inductor" and without fallback_random.'
+    'is good, too, with backend="varlen_inductor", without fallback_random, and with config.kernels that allow triton or cudnn.'
 )
 
 _log = logging.getLogger("varlen_inductor")
@@ -79,6 +80,16 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         return ()
     problem, kernels = Problem.of(query, key, value, layout, rule), kernels or config.kernels
     return tuple([choose(problem, kernels, backward, fallback.failed(problem, backward)).backend for backward in (False, True)])
+
+
+def _chosen_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, ours: bool
+) -> tuple[Backend, ...]:
+    """`_chosen` for a forward: where numbers may be drawn again, and seeds are kept, a kernel that takes them, if there is one."""
+    if rule.dropout_p > 0.0 and _compat_inductor.may_compute_random_numbers_again() and _compat_inductor.keeps_seeds(ours):
+        with contextlib.suppress(RuntimeError):
+            return _chosen(query, key, value, layout._replace(seeds=query), rule, kernels)  # any tensor asks for that
+    return _chosen(query, key, value, layout, rule, kernels)
 
 
 def _by_seeds(chosen: Sequence[Backend], layout: Layout, rule: Rule) -> bool:
@@ -136,13 +147,12 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     changed: dict[str, Any] = {} if ahead_of_time or ranking in (None, kernels) else {"kernels": ranking}
     if not ahead_of_time:
         # (To ask makes numbers of symbols, so it is not done for nothing.)
-        asks = rule.dropout_p > 0.0 or _may_be_one_launch(layout)
-        chosen = _chosen(query, key, value, layout, rule, ranking or kernels) if asks else ()
+        asks, ours = rule.dropout_p > 0.0 or _may_be_one_launch(layout), inductor_pass.has_passes()
+        chosen = _chosen_forward(query, key, value, layout, rule, ranking or kernels, ours) if asks else ()
         if not layout.lse_by_row and _is_one_launch(chosen, layout, rule):
             changed["lse_by_row"] = True
         if rule.dropout_p > 0.0 and chosen and kernels != chosen[0].name:
             changed["kernels"] = chosen[0].name  # as the backward will have it
-        ours = inductor_pass.has_passes()
         if layout.seeds is None and _by_seeds(chosen, layout, rule) and _compat_inductor.keeps_seeds(ours):
             # Inductor draws the seeds of a graph at once, and keeps them for what is computed again.
             changed["seeds"] = _compat_inductor.two_seeds(query.device, ours)
@@ -161,7 +171,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
                 _warn_once(_DRAWN_AGAIN)
             return NotImplemented
         return *_ops.varlen_attn_drawn.default(query, key, value, *args, **options), _nothing_drawn(query.device)
-    if rule.dropout_p > 0.0 and _compat_inductor.computes_all_again():  # else it is not computed again
+    if rule.dropout_p > 0.0 and _compat_inductor.may_compute_random_numbers_again():
         _warn_once(_DRAWN_AGAIN)
     out, lse, rng_state, _, _ = _aten._flash_attention_forward.default(
         _aligned(query),

@@ -295,7 +295,7 @@ def _labels_of(fact: Any, mask: Any) -> tuple[fx.Node, int] | None:
     labels, ignored = equal.args
     if not isinstance(ignored, int):
         return None
-    flat = labels.op == "call_function" and labels.target is aten.reshape.default and list(labels.args[1]) == [-1]
+    flat = labels.target is aten.reshape.default and labels.args[1:] == ([-1],)
     return labels.args[0] if flat else labels, ignored
 
 
