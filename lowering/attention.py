@@ -85,10 +85,15 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
 def _chosen_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, kernels: str | None, ours: bool
 ) -> tuple[Backend, ...]:
-    """`_chosen` for a forward: where numbers may be drawn again, and seeds are kept, a kernel that takes them, if there is one."""
+    """`_chosen` for a forward: where numbers may be drawn again, and seeds are kept, a kernel that takes them, if there is one.
+
+    Only one that will be given seeds: of any other the backward, which asks without them, would find another.
+    """
     if rule.dropout_p > 0.0 and _compat_inductor.may_compute_random_numbers_again() and _compat_inductor.keeps_seeds(ours):
         with contextlib.suppress(RuntimeError):
-            return _chosen(query, key, value, layout._replace(seeds=query), rule, kernels)  # any tensor asks for that
+            chosen = _chosen(query, key, value, layout._replace(seeds=query), rule, kernels)  # any tensor asks for that
+            if _by_seeds(chosen, layout, rule):
+                return chosen
     return _chosen(query, key, value, layout, rule, kernels)
 
 

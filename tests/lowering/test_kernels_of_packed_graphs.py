@@ -339,42 +339,6 @@ def test_without_dropout_no_random_state_is_kept(recompute: bool) -> None:
     assert all(len(re.findall(r"empty_strided_\w+\(\(0, \)", one)) <= 1 for one in packed), "one for all"
 
 
-def test_each_number_is_looked_for_where_it_is() -> None:
-    """Only two that lie side by side, in this order, are read in place."""
-    with FakeTensorMode():
-        val = torch.empty(6, dtype=torch.int64)
-    graph = torch.fx.Graph()
-    seeds = graph.placeholder("seeds")
-    others = graph.placeholder("others")
-    seeds.meta["val"] = others.meta["val"] = val
-
-    def pair(*places: tuple[torch.fx.Node, int]) -> torch.fx.Node:
-        parts = []
-        for memory, place in places:
-            one = graph.call_function(torch.ops.prims.inductor_lookup_seed.default, (memory, place))
-            one.meta["val"] = val[0]
-            parts.append(graph.call_function(torch.ops.aten.unsqueeze.default, (one, 0)))
-            parts[-1].meta["val"] = val[:1]
-        node = graph.call_function(torch.ops.aten.cat.default, (parts,))
-        node.meta["val"] = val[: len(places)]
-        return node
-
-    read = [pair((seeds, 1), (seeds, 2)), pair((others, 4), (others, 5))]
-    kept = [pair((seeds, 1), (seeds, 3)), pair((seeds, 2), (seeds, 1)), pair((seeds, 1), (others, 2)), pair((seeds, 0))]
-    kept.append(pair((seeds, 0), (seeds, 1), (seeds, 2)))
-    graph.output((*read, *kept))
-    numbers = [torch.arange(6), torch.arange(10, 16)]
-    module = torch.fx.GraphModule({}, graph)
-    expected = module(*numbers)
-    assert read_seeds_in_place(graph) == 2
-    graph.lint()
-    module.recompile()
-    for found, wanted in zip(module(*numbers), expected, strict=True):
-        assert torch.equal(found, wanted)
-    targets = [node.target for node in graph.output_node().args[0]]
-    assert targets == [torch.ops.aten.slice.Tensor] * 2 + [torch.ops.aten.cat.default] * 5
-
-
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("more", ["", "returned", "positions"])
 def test_attentions_are_told_where_their_numbers_are(more: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:

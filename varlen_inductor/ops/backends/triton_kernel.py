@@ -137,12 +137,8 @@ def forward_drawn(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``out`` and ``lse``; see ``ForwardDrawn``. What is not wanted is not written."""
-    index = query.get_device()
-    if index >= 0 and index != _compat_operators.current_device_index():
-        with torch.cuda.device(index):
-            return forward_drawn(query, key, value, layout, rule, wants_lse)
     tokens, heads, _ = query.shape
-    out, lse = empty_results(query, (tokens, heads, value.shape[-1]), (heads, tokens) if wants_lse else None, index)
+    out, lse = empty_results(query, (tokens, heads, value.shape[-1]), (heads, tokens) if wants_lse else None)
     _attend(out, lse, layout.seeds, query, key, value, layout, rule)
     return out, lse
 
